@@ -1,0 +1,195 @@
+"""Log-probability and entropy of tokens from hidden states, without an array of rows x vocabulary.
+
+A row is one position. Rows are taken in chunks: a chunk's logits are made, used and dropped, and made again
+in the backward pass, so that peak memory does not grow with the number of rows. Shapes: N rows, C rows of one
+chunk, V vocabulary, D width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from rlhfjax.ops._check import as_index, as_number, describe, require_float, require_rank
+
+# A chunk holds at most this many logits (4 MiB in float32: within the cache of a CPU) ...
+CHUNK_LOGITS = 2**20
+# ... but no fewer rows than this: each chunk reads the embedding and updates its gradient once, [V, D] both,
+# and with fewer rows than this that traffic costs more than the arithmetic.
+CHUNK_ROWS = 256
+
+
+class TokenLogprobs(NamedTuple):
+    """float32 arrays of the tokens' shape, in nats."""
+
+    logp: Array  # log-probability of the token
+    entropy: Array  # entropy of the distribution it was drawn from
+
+
+def token_logprobs(
+    hidden: ArrayLike,
+    embedding: ArrayLike,
+    token: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    chunk_size: int | None = None,
+) -> TokenLogprobs:
+    """Log-probability of each token, and entropy, under `softmax(hidden @ embedding.T / temperature)`.
+
+    Equals `jax.nn.log_softmax` of all logits at once, and its gradient, to rounding. With float32 inputs
+    everything is float32. With bfloat16 inputs logits are accumulated and normalised in float32; in the
+    backward pass their cotangent is rounded to bfloat16 for the two matrix products, and the embedding's
+    gradient is summed over chunks in float32.
+
+    Args:
+      hidden: float [..., D].
+      embedding: float [V, D], the output matrix.
+      token: int [...], ids in [0, V); any other id gives NaN. Ids at masked positions must be valid too.
+      temperature: scalar or broadcastable to token's shape, > 0, may be traced. Gets no gradient.
+      chunk_size: rows of one chunk. None: as many as make 2^20 logits, at least 256, which suits a CPU;
+        larger chunks suit accelerators. If all rows fit in one chunk, no loop is emitted and the logits are
+        kept for the backward pass.
+
+    Returns:
+      logp, entropy: float32 [...]. Reverse-mode differentiable with respect to hidden and embedding, once.
+    """
+    hidden, embedding = require_float("hidden", hidden), require_float("embedding", embedding)
+    require_rank("hidden", hidden, 1, "[..., D]")
+    if embedding.ndim != 2 or embedding.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"embedding must have shape [V, D] with D = {hidden.shape[-1]}, the width of hidden, "
+            f"got {describe(embedding)}"
+        )
+    shape = hidden.shape[:-1]
+    token = as_index("token", token, shape).reshape(-1)
+    temperature = as_number("temperature", temperature, jnp.shape(temperature))
+    inverse_temperature = 1 / jnp.broadcast_to(temperature, shape)
+    rows, vocabulary = token.size, embedding.shape[0]
+    if chunk_size is None:
+        chunk_size = max(CHUNK_LOGITS // vocabulary, CHUNK_ROWS)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    chunks = _chunks(rows, chunk_size)
+    # Under `shard_map` the gradient of a replicated embedding varies over devices, as the rows do. This zero
+    # marks the embedding as varying too, and JAX itself then adds the sum over devices, outside of `_rows`.
+    embedding = embedding + jnp.zeros_like(hidden, shape=(), dtype=embedding.dtype)
+    logp, entropy = _rows(
+        hidden.reshape(rows, hidden.shape[-1]), embedding, token, inverse_temperature.reshape(rows), chunks
+    )
+    in_vocabulary = (token >= 0) & (token < vocabulary)
+    return TokenLogprobs(jnp.where(in_vocabulary, logp, jnp.nan).reshape(shape), entropy.reshape(shape))
+
+
+def _chunks(rows: int, chunk_size: int) -> int:
+    """Number of chunks: the least that suffices or, below twice that, the next that divides the rows.
+
+    Rows are padded to a multiple of it; a divisor needs no padding, which would shift rows between devices.
+    """
+    least = max(1, -(-rows // chunk_size))
+    return next((n for n in range(least, 2 * least) if rows % n == 0), least)
+
+
+def _rows_value(
+    hidden_ND: Array, embedding_VD: Array, token_N: Array, inverse_temperature_N: Array, chunks: int
+) -> tuple[Array, Array]:
+    return _rows_forward(hidden_ND, embedding_VD, token_N, inverse_temperature_N, chunks)[0]
+
+
+def _rows_forward(hidden_ND, embedding_VD, token_N, inverse_temperature_N, chunks):
+    def of_chunk(hidden_CD, token_C, inverse_temperature_C):
+        logits_CV = _logits(hidden_CD, embedding_VD, inverse_temperature_C)
+        return _statistics(logits_CV, token_C), logits_CV
+
+    rows = (hidden_ND, token_N, inverse_temperature_N)
+    if chunks == 1:
+        (logp_N, entropy_N, log_normaliser_N), logits_NV = of_chunk(*rows)
+    else:
+        statistics = jax.lax.map(lambda row: of_chunk(*row)[0], _split(rows, chunks))
+        logp_N, entropy_N, log_normaliser_N = _join(statistics, token_N.size)
+        logits_NV = None
+    residuals = (rows, embedding_VD, entropy_N, log_normaliser_N, logits_NV)
+    return (logp_N, entropy_N), residuals
+
+
+def _rows_backward(chunks, residuals, cotangents):
+    rows, embedding_VD, entropy_N, log_normaliser_N, logits_NV = residuals
+
+    def of_chunk(rows, logits_CV=None):
+        (hidden_CD, token_C, inverse_temperature_C), entropy_C, log_normaliser_C, d_logp_C, d_entropy_C = rows
+        if logits_CV is None:
+            logits_CV = _logits(hidden_CD, embedding_VD, inverse_temperature_C)
+        logp_CV = logits_CV - log_normaliser_C[:, None]
+        # d logp / d logit = onehot - p;  d entropy / d logit = -p (log p + entropy)
+        # One-hot by comparison: it fuses with the rest, which a scatter into [C, V] does not.
+        is_token_CV = jax.lax.broadcasted_iota(token_C.dtype, logp_CV.shape, 1) == token_C[:, None]
+        from_token_CV = jnp.where(is_token_CV, d_logp_C[:, None], 0)
+        surprise_CV = logp_CV + entropy_C[:, None]
+        from_all_CV = jnp.exp(logp_CV) * (d_logp_C[:, None] + d_entropy_C[:, None] * surprise_CV)
+        d_logits_CV = (from_token_CV - from_all_CV) * inverse_temperature_C[:, None]
+        d_logits_CV = d_logits_CV.astype(jnp.result_type(hidden_CD, embedding_VD))
+        d_hidden_CD = _matmul("cv,vd->cd", d_logits_CV, embedding_VD).astype(hidden_CD.dtype)
+        return d_hidden_CD, _matmul("cv,cd->vd", d_logits_CV, hidden_CD)
+
+    hidden_ND, rows = rows[0], (rows, entropy_N, log_normaliser_N, *cotangents)
+    if chunks == 1:
+        d_hidden_ND, d_embedding_VD = of_chunk(rows, logits_NV)
+    else:
+
+        def step(d_embedding_VD, rows):
+            d_hidden_CD, of_this_chunk_VD = of_chunk(rows)
+            return d_embedding_VD + of_this_chunk_VD, d_hidden_CD
+
+        zeros_VD = jnp.zeros_like(embedding_VD, dtype=_accumulator(hidden_ND, embedding_VD))
+        d_embedding_VD, d_hidden = jax.lax.scan(step, zeros_VD, _split(rows, chunks))
+        d_hidden_ND = _join(d_hidden, hidden_ND.shape[0])
+    return d_hidden_ND, d_embedding_VD.astype(embedding_VD.dtype), None, None
+
+
+_rows = jax.custom_vjp(_rows_value, nondiff_argnums=(4,))
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _logits(hidden_CD: Array, embedding_VD: Array, inverse_temperature_C: Array) -> Array:
+    return _matmul("cd,vd->cv", hidden_CD, embedding_VD) * inverse_temperature_C[:, None]
+
+
+def _statistics(logits_CV: Array, token_C: Array) -> tuple[Array, Array, Array]:
+    """Log-probability of the token, entropy, and log of the normaliser, each [C]."""
+    highest_C = jnp.max(logits_CV, axis=-1)
+    shifted_CV = logits_CV - highest_C[:, None]
+    weight_CV = jnp.exp(shifted_CV)
+    total_C = jnp.sum(weight_CV, axis=-1)
+    log_total_C = jnp.log(total_C)
+    entropy_C = log_total_C - jnp.sum(weight_CV * shifted_CV, axis=-1) / total_C
+    logit_C = jnp.take_along_axis(shifted_CV, token_C[:, None], axis=-1, mode="clip")[:, 0]
+    return logit_C - log_total_C, entropy_C, highest_C + log_total_C
+
+
+def _matmul(subscripts: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=_accumulator(a, b))
+
+
+def _accumulator(a: Array, b: Array) -> jnp.dtype:
+    return jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+
+
+def _split(rows, chunks: int):
+    """Arrays [N, ...] as [chunks, C, ...], padded with zeros.
+
+    Chunk i takes the rows i, i + chunks, i + 2 chunks, ...: where rows are split over devices in blocks,
+    every device then has its share of every chunk. (Chunks of consecutive rows would each lie on one device,
+    and all would compute all.)
+    """
+
+    def of_array(x: Array) -> Array:
+        padding = [(0, -x.shape[0] % chunks)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(of_array, rows)
+
+
+def _join(split_rows, rows: int):
+    """The inverse of `_split`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:rows], split_rows)
