@@ -1,0 +1,248 @@
+"""A decoder-only language model with honest configuration (Llama, GPT-2 and their relatives).
+
+One function serves training, prefill and decoding: `apply` takes tokens, their positions and a mask that says which
+key each query may see. The key-value cache is passed in and returned, so nothing here holds state.
+
+Shapes: B sequences, T query positions, S key positions, V vocabulary, D width, H query heads, N key-value heads,
+K head size.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlhfjax.config import Decoder as Config
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, already rotated to their positions."""
+
+    key: jax.Array  # [B, S, N, K]
+    value: jax.Array  # [B, S, N, K]
+
+
+Cache = tuple[LayerCache, ...]
+
+
+class LanguageModel(NamedTuple):
+    """A language model as pure functions of its parameters.
+
+    init(key) -> params
+        A nested dict of float32 arrays. The key is consumed.
+    apply(params, token_BT, *, position_BT, mask_BTS, cache=None, slot=0) -> (hidden_BTD, cache)
+        Final normalised hidden states. `token` and `position` int32, `mask` bool, True where the query may see the key.
+        Without a cache S = T and the keys are the tokens themselves. With one, the new keys are written to slots
+        slot .. slot + T - 1 of its S slots before attention.
+    embedding(params) -> [V, D]
+        The output embedding: logits = hidden @ embedding.T. Kept apart from `apply`, so that log-probabilities can be
+        computed in chunks (`ops.token_logprobs`) without a [B, T, V] array.
+    logits(params, hidden) -> float32 [..., V]
+    init_cache(batch, slots) -> Cache
+        Zeros; B = batch, S = slots.
+    """
+
+    config: Config
+    init: Callable[..., dict]
+    apply: Callable[..., tuple[jax.Array, Cache | None]]
+    embedding: Callable[[dict], jax.Array]
+    logits: Callable[[dict, jax.Array], jax.Array]
+    init_cache: Callable[[int, int], Cache]
+
+
+def causal_mask(segment_BT: jax.Array) -> jax.Array:
+    """The [B, T, T] mask of packed rows: a token sees itself and what precedes it in its own segment.
+
+    `segment_BT` is int32, 0 for padding (which sees only itself, so that its softmax stays finite).
+    """
+    chex.assert_rank(segment_BT, 2)
+    length = segment_BT.shape[1]
+    causal = jnp.tril(jnp.ones((1, length, length), bool))
+    same = segment_BT[:, :, None] == segment_BT[:, None, :]
+    real = segment_BT[:, None, :] > 0
+    return (causal & same & real) | jnp.eye(length, dtype=bool)[None]
+
+
+def rotary(x_BTHK: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves rotated as in GPT-NeoX and Llama."""
+    half = x_BTHK.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTHK.dtype)
+
+
+class Norm(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+        scale = self.param("scale", nn.initializers.ones, (config.width,))
+        x32 = x.astype(jnp.float32)
+        if config.norm == "layernorm":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(variance + config.norm_epsilon) * _along_last(scale, x32)
+        if config.norm == "layernorm":
+            x32 = x32 + _along_last(self.param("bias", nn.initializers.zeros, (config.width,)), x32)
+        return x32.astype(x.dtype)
+
+
+def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+class Projection(nn.Module):
+    """x @ kernel (+ bias): kernel [inputs, outputs], so that the optimiser and LoRA see plain matrices."""
+
+    outputs: int
+    bias: bool
+    stddev: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.outputs))
+        out = x @ kernel.astype(x.dtype)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+            out = out + _along_last(bias.astype(x.dtype), out)
+        return out
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245); multi-head where kv_heads equals heads."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_BTD, position_BT, mask_BTS, cache: LayerCache | None, slot):
+        config = self.config
+        batch, length, _ = x_BTD.shape
+        size = config.head_size
+
+        def project(name, heads):
+            out = Projection(heads * size, config.attention_bias, config.width**-0.5, name=name)(x_BTD)
+            return out.reshape(batch, length, heads, size)
+
+        query = project("query", config.heads)
+        key, value = project("key", config.kv_heads), project("value", config.kv_heads)
+        if config.positions == "rotary":
+            query, key = (rotary(x, position_BT, config.rope_theta) for x in (query, key))
+        if cache is not None:
+            write = jax.lax.dynamic_update_slice_in_dim
+            key = write(cache.key, key.astype(cache.key.dtype), slot, axis=1)
+            value = write(cache.value, value.astype(cache.value.dtype), slot, axis=1)
+            cache = LayerCache(key, value)
+        out = jax.nn.dot_product_attention(
+            query, key.astype(query.dtype), value.astype(query.dtype), mask=mask_BTS[:, None]
+        )
+        stddev = (config.heads * size * 2 * config.layers) ** -0.5
+        out = Projection(config.width, config.output_bias, stddev, name="output")(out.reshape(batch, length, -1))
+        return out, cache
+
+
+class MLP(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+        activation = {"silu": nn.silu, "gelu": nn.gelu}[config.activation]
+        inner = activation(Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="gate")(x))
+        if config.gated_mlp:
+            inner = inner * Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="up")(x)
+        stddev = (config.mlp_width * 2 * config.layers) ** -0.5
+        return Projection(config.width, config.mlp_bias, stddev, name="down")(inner)
+
+
+class Block(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, position, mask, cache, slot):
+        attended, cache = Attention(self.config, name="attention")(
+            Norm(self.config, name="attention_norm")(x), position, mask, cache, slot
+        )
+        x = x + attended
+        x = x + MLP(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x))
+        return x, cache
+
+
+class _Decoder(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, token_BT, position_BT, mask_BTS, cache: Cache | None, slot):
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        normal = nn.initializers.normal(config.embedding_stddev)
+        embedding = self.param("embedding", normal, (config.vocab_size, config.width))
+        x = embedding[token_BT].astype(dtype)
+        if config.positions == "learned":
+            table = self.param("positions", normal, (config.max_positions, config.width))
+            x = x + table[position_BT].astype(dtype)
+        if not config.tie_embeddings:
+            self.param("unembedding", normal, (config.vocab_size, config.width))
+        block = nn.remat(Block) if config.remat else Block
+        new_cache = []
+        for layer in range(config.layers):
+            layer_cache = None if cache is None else cache[layer]
+            x, layer_cache = block(config, name=f"layer_{layer}")(x, position_BT, mask_BTS, layer_cache, slot)
+            new_cache.append(layer_cache)
+        hidden = Norm(config, name="final_norm")(x)
+        return hidden, (None if cache is None else tuple(new_cache))
+
+
+def decoder(config: Config) -> LanguageModel:
+    """Builds the pure functions of a decoder. Raises ValueError where the configuration contradicts itself."""
+    _check(config)
+    module = _Decoder(config)
+
+    def init(key: jax.Array) -> dict:
+        one = jnp.zeros((1, 1), jnp.int32)
+        return module.init(key, one, one, jnp.ones((1, 1, 1), bool), None, 0)["params"]
+
+    def apply(params, token_BT, *, position_BT, mask_BTS, cache=None, slot=0):
+        chex.assert_rank([token_BT, position_BT, mask_BTS], [2, 2, 3])
+        chex.assert_type([token_BT, position_BT, mask_BTS], [int, int, bool])
+        chex.assert_equal_shape([token_BT, position_BT])
+        return module.apply({"params": params}, token_BT, position_BT, mask_BTS, cache, slot)
+
+    def embedding(params: dict) -> jax.Array:
+        return params["embedding" if config.tie_embeddings else "unembedding"]
+
+    def logits(params: dict, hidden: jax.Array) -> jax.Array:
+        table = embedding(params).astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+
+    def init_cache(batch: int, slots: int) -> Cache:
+        shape = (batch, slots, config.kv_heads, config.head_size)
+        zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
+        return tuple(LayerCache(zeros, zeros) for _ in range(config.layers))
+
+    return LanguageModel(config, init, apply, embedding, logits, init_cache)
+
+
+def _check(config: Config) -> None:
+    choices = {
+        "norm": ("rmsnorm", "layernorm"),
+        "positions": ("rotary", "learned"),
+        "activation": ("silu", "gelu"),
+        "dtype": ("float32", "bfloat16"),
+    }
+    for field, allowed in choices.items():
+        if getattr(config, field) not in allowed:
+            raise ValueError(f"decoder {field}={getattr(config, field)!r} is unknown; choose one of {allowed}")
+    for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"decoder {field} must be at least 1, got {getattr(config, field)}")
+    if config.heads % config.kv_heads:
+        raise ValueError(f"decoder heads ({config.heads}) must be a multiple of kv_heads ({config.kv_heads})")
+    if config.positions == "rotary" and config.head_size % 2:
+        raise ValueError(f"rotary positions need an even head_size, got {config.head_size}")

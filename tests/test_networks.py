@@ -1,0 +1,256 @@
+"""The decoder against independent NumPy code, and the invariances its mask and cache must have."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhfjax.config import Decoder
+from rlhfjax.networks import (
+    Branches,
+    branch_hidden,
+    causal_mask,
+    decoder,
+    init_scalar_head,
+    scalar_head,
+)
+
+LLAMA = Decoder(
+    vocab_size=11, width=16, layers=2, heads=4, kv_heads=2, head_size=6, mlp_width=20, max_positions=32
+)
+GPT2 = dataclasses.replace(
+    LLAMA,
+    kv_heads=4,
+    norm="layernorm",
+    positions="learned",
+    gated_mlp=False,
+    activation="gelu",
+    tie_embeddings=False,
+    attention_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+)
+
+
+def randomised(config: Decoder, seed: int = 0):
+    """A model whose every parameter, norms and biases too, differs from its initial value."""
+    lm = decoder(config)
+    params = jax.jit(lm.init)(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    leaves = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return lm, jax.tree.unflatten(tree, leaves)
+
+
+def numpy_decoder(config: Decoder, params, tokens: list[int]) -> np.ndarray:
+    """Logits [T, V] of one sequence in float64, token by token and head by head, from the papers' equations."""
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+    def norm(x, w):
+        if config.norm == "layernorm":
+            x = x - x.mean()
+        out = x / np.sqrt((x * x).mean() + config.norm_epsilon) * w["scale"]
+        return out + w.get("bias", 0.0)
+
+    def linear(x, w):
+        return x @ w["kernel"] + w.get("bias", 0.0)
+
+    def rotate(vector, position):
+        half = len(vector) // 2
+        out = np.empty_like(vector)
+        for i in range(half):
+            angle = position / config.rope_theta ** (2 * i / len(vector))
+            a, b = vector[i], vector[i + half]
+            out[i] = a * np.cos(angle) - b * np.sin(angle)
+            out[i + half] = a * np.sin(angle) + b * np.cos(angle)
+        return out
+
+    def activate(x):
+        if config.activation == "silu":
+            return x / (1 + np.exp(-x))
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+    stream = [p["embedding"][t].copy() for t in tokens]
+    if config.positions == "learned":
+        stream = [x + p["positions"][i] for i, x in enumerate(stream)]
+    for i in range(config.layers):
+        layer, size = p[f"layer_{i}"], config.head_size
+        normed = [norm(x, layer["attention_norm"]) for x in stream]
+        q, k, v = (
+            [linear(x, layer["attention"][n]).reshape(-1, size) for x in normed] for n in ("query", "key", "value")
+        )
+        if config.positions == "rotary":
+            q = [np.stack([rotate(head, t) for head in x]) for t, x in enumerate(q)]
+            k = [np.stack([rotate(head, t) for head in x]) for t, x in enumerate(k)]
+        for t in range(len(tokens)):
+            heads = []
+            for h in range(config.heads):
+                shared = h // (config.heads // config.kv_heads)
+                score = np.array([q[t][h] @ k[s][shared] for s in range(t + 1)]) / np.sqrt(size)
+                weight = np.exp(score - score.max())
+                weight /= weight.sum()
+                heads.append(sum(w * v[s][shared] for s, w in enumerate(weight)))
+            stream[t] = stream[t] + linear(np.concatenate(heads), layer["attention"]["output"])
+        for t in range(len(tokens)):
+            x = norm(stream[t], layer["mlp_norm"])
+            inner = activate(linear(x, layer["mlp"]["gate"]))
+            if config.gated_mlp:
+                inner = inner * linear(x, layer["mlp"]["up"])
+            stream[t] = stream[t] + linear(inner, layer["mlp"]["down"])
+    table = p["embedding" if config.tie_embeddings else "unembedding"]
+    return np.stack([norm(x, p["final_norm"]) @ table.T for x in stream])
+
+
+def logits_of(lm, params, tokens, segment=None, position=None):
+    token = jnp.asarray([tokens], jnp.int32)
+    segment = jnp.ones_like(token) if segment is None else jnp.asarray([segment], jnp.int32)
+    position = jnp.arange(len(tokens))[None] if position is None else jnp.asarray([position], jnp.int32)
+    hidden, _ = lm.apply(params, token, position_BT=position, mask_BTS=causal_mask(segment))
+    return lm.logits(params, hidden)[0]
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_decoder_equals_numpy(config):
+    lm, params = randomised(config)
+    tokens = [3, 1, 4, 1, 5, 9, 2]
+    np.testing.assert_allclose(
+        logits_of(lm, params, tokens), numpy_decoder(config, params, tokens), atol=2e-5, rtol=2e-5
+    )
+
+
+def test_packed_segments_equal_separate_sequences():
+    lm, params = randomised(LLAMA)
+    first, second = [3, 1, 4], [1, 5, 9, 2]
+    packed = logits_of(
+        lm, params, [*first, *second, 0], segment=[1] * 3 + [2] * 4 + [0], position=[0, 1, 2, 0, 1, 2, 3, 0]
+    )
+    np.testing.assert_allclose(packed[:3], logits_of(lm, params, first), atol=1e-5)
+    np.testing.assert_allclose(packed[3:7], logits_of(lm, params, second), atol=1e-5)
+    assert np.all(np.isfinite(packed))
+
+
+def test_causality_by_gradient():
+    lm, params = randomised(LLAMA)
+    token = jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32)
+
+    def at_two(embedding_rows):
+        swapped = params | {"embedding": params["embedding"].at[token[0]].set(embedding_rows)}
+        return lm.apply(swapped, token, position_BT=jnp.arange(5)[None], mask_BTS=causal_mask(token * 0 + 1))[0][
+            0, 2
+        ].sum()
+
+    gradient = np.abs(jax.grad(at_two)(params["embedding"][token[0]])).sum(axis=1)
+    assert gradient[2] > 0 and gradient[0] > 0
+    assert gradient[4] == 0  # token 5 stands only after position 2
+
+
+def test_cached_steps_equal_one_pass():
+    lm, params = randomised(LLAMA)
+    tokens = jnp.asarray([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]], jnp.int32)
+    whole, _ = lm.apply(
+        params,
+        tokens,
+        position_BT=jnp.tile(jnp.arange(6), (2, 1)),
+        mask_BTS=causal_mask(jnp.ones_like(tokens)),
+    )
+    cache = lm.init_cache(2, 8)
+    for start, end in ((0, 3), (3, 4), (4, 6)):
+        visible = jnp.arange(8)[None, :] <= jnp.arange(start, end)[:, None]
+        hidden, cache = lm.apply(
+            params,
+            tokens[:, start:end],
+            position_BT=jnp.tile(jnp.arange(start, end), (2, 1)),
+            mask_BTS=jnp.tile(visible[None], (2, 1, 1)),
+            cache=cache,
+            slot=start,
+        )
+        np.testing.assert_allclose(hidden, whole[:, start:end], atol=1e-5)
+
+
+def make_branches() -> Branches:
+    prompt = jnp.asarray([[0, 0, 3, 4], [5, 6, 7, 8]], jnp.int32)
+    prompt_mask = jnp.asarray([[0, 0, 1, 1], [1, 1, 1, 1]], bool)
+    completion = jnp.asarray([[[1, 2, 9], [4, 0, 0]], [[7, 7, 0], [2, 3, 4]]], jnp.int32)
+    mask = jnp.asarray([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [1, 1, 1]]], bool)
+    return Branches(prompt, prompt_mask, completion, mask)
+
+
+def test_branches_equal_each_completion_alone():
+    lm, params = randomised(LLAMA)
+    branches = make_branches()
+    before, after = branch_hidden(lm, params, branches)
+    for b, prompt in enumerate([[3, 4], [5, 6, 7, 8]]):
+        for g in range(2):
+            length = int(branches.completion_mask_BGC[b, g].sum())
+            tokens = [*prompt, *np.asarray(branches.completion_BGC[b, g, :length]).tolist()]
+            token = jnp.asarray([tokens], jnp.int32)
+            alone, _ = lm.apply(
+                params, token, position_BT=jnp.arange(len(tokens))[None], mask_BTS=causal_mask(token * 0 + 1)
+            )
+            start = len(prompt)
+            np.testing.assert_allclose(after[b, g, :length], alone[0, start:], atol=1e-5)
+            np.testing.assert_allclose(before[b, g, :length], alone[0, start - 1 : -1], atol=1e-5)
+
+
+def test_branches_do_not_depend_on_padding():
+    lm, params = randomised(LLAMA)
+    branches = make_branches()
+    wider = Branches(
+        *(jnp.pad(x, ((0, 0), (2, 0))) for x in branches[:2]),
+        *(jnp.pad(x, ((0, 0), (0, 0), (0, 2))) for x in branches[2:]),
+    )
+    wider = wider._replace(completion_BGC=jnp.where(wider.completion_mask_BGC, wider.completion_BGC, 10))
+    before, _ = branch_hidden(lm, params, branches)
+    before_wide, _ = branch_hidden(lm, params, wider)
+    mask = np.asarray(branches.completion_mask_BGC)
+    np.testing.assert_allclose(np.asarray(before)[mask], np.asarray(before_wide[:, :, :3])[mask], atol=1e-5)
+
+
+def test_remat_gives_the_same_gradient():
+    lm, params = randomised(LLAMA)
+    branches = make_branches()
+    again = decoder(dataclasses.replace(LLAMA, remat=True))
+
+    def total(model, p):
+        return jnp.sum(jnp.sin(branch_hidden(model, p, branches)[0]))
+
+    one, two = (jax.grad(lambda p, m=m: total(m, p))(params) for m in (lm, again))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
+    assert "remat" in str(jax.make_jaxpr(lambda p: total(again, p))(params))
+
+
+def test_scalar_head_starts_as_the_papers_say():
+    head = init_scalar_head(jax.random.key(0), 4095)
+    assert abs(float(jnp.std(head["kernel"])) - 4096**-0.5) < 0.03 * 4096**-0.5
+    assert float(head["bias"]) == 0.0
+    hidden = jax.random.normal(jax.random.key(1), (2, 3, 4095))
+    np.testing.assert_allclose(
+        scalar_head(head | {"bias": jnp.float32(2.0)}, hidden),
+        np.asarray(hidden, np.float64) @ np.asarray(head["kernel"], np.float64) + 2.0,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kv_heads": 3}, "multiple of kv_heads"),
+        ({"norm": "batchnorm"}, "norm='batchnorm' is unknown"),
+        ({"head_size": 5}, "even head_size"),
+        ({"layers": 0}, "layers must be at least 1"),
+    ],
+)
+def test_contradictory_decoders_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        decoder(dataclasses.replace(LLAMA, **change))
+
+
+def test_wrong_ranks_and_types_are_refused():
+    lm, params = randomised(LLAMA)
+    token = jnp.ones((1, 3), jnp.int32)
+    with pytest.raises(AssertionError):
+        lm.apply(params, token[0], position_BT=token, mask_BTS=causal_mask(token))
+    with pytest.raises(AssertionError):
+        lm.apply(params, token.astype(jnp.float32), position_BT=token, mask_BTS=causal_mask(token))
