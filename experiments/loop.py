@@ -1,0 +1,312 @@
+"""The Python loop around compiled steps: checkpoints, logs, and what the terminal shows.
+
+A run is stages in a row. `run_stage` repeats a step; `run_once` computes arrays between two stages. Both
+may be killed at any moment: called again on the same folder they continue, and the run ends in the same
+bits as one never stopped. Three rules make that so. All randomness of a step is a function of (seed, i).
+The lines of step s are on the disk before checkpoint s. After restoring checkpoint s, lines past s are
+dropped and written again.
+"""
+
+import functools
+import io
+import math
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.monitoring
+import numpy as np
+
+from rlhfjax import console
+from rlhfjax.checkpoint import Checkpoints
+from rlhfjax.run_folder import RunFolder, write_atomically
+
+State = TypeVar("State")
+Rows = Sequence[dict[str, Any]]
+
+# Counts among the metrics whose rate a user wants to see: metric -> label of its rate on the terminal.
+RATES = {"generated_tokens": "gen tok/s", "trained_tokens": "train tok/s"}
+PERF = "perf/"  # a metric so named is a measurement: it goes to perf.jsonl, never to metrics.jsonl
+COLUMNS_BY_DEFAULT = 6
+SAMPLES_SHOWN = 4
+SECONDS_WORTH_SHOWING = 0.05
+
+
+@dataclass(frozen=True)
+class Show:
+    """What of a stage is shown and sampled; the logs hold everything.
+
+    `columns`: metric -> label on the terminal; empty: the first few metrics. `every`: steps between lines;
+    None: about twenty lines a stage. `samples(step, aux)`: the rows of texts of one step, from the third
+    thing that the step returned, called every `samples_every` steps and at the last (0: never).
+    `measure(step, aux)`: metrics made on the host, from texts for example, one step late like all others.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    every: int | None = None
+    samples: Callable[[int, Any], Rows] | None = None
+    samples_every: int = 0
+    measure: Callable[[int, Any], Mapping[str, float]] | None = None
+
+
+def run_stage(
+    name: str,
+    *,
+    folder: RunFolder,
+    init: Callable[[], State],
+    step: Callable[..., tuple],
+    steps: int,
+    batch: Callable[[int], Any] | None = None,
+    checkpoint_every: int = 100,
+    keep: int = 2,
+    nullable: frozenset[str] = frozenset(),
+    show: Show = Show(),  # noqa: B008  (frozen, so it can be shared)
+) -> State:
+    """Runs the stage `name` to step `steps`, from its newest checkpoint or from `init()`; returns the state.
+
+    Args:
+      folder: where the run writes. Its `max_steps` caps `steps`.
+      init: makes the state at step 0, a pytree of arrays. It is also called on resume, for its structure.
+        Where the step donates its state, these must be arrays that nothing else uses.
+      step: `step(state, i)`, or `step(state, batch(i), i)` where `batch` is given; i counts from 0. Returns
+        (state, metrics) or (state, metrics, aux). It may donate the state. Metrics are a flat dict of
+        scalars, the same keys every time.
+      batch: makes the input of step i on the host, while the device works on step i - 1. A function of
+        (seed, i) only.
+      checkpoint_every: steps between checkpoints; there is always one at the end.
+      keep: checkpoints kept.
+      nullable: metrics that may be NaN or infinite (written as null). Any other such value stops the run.
+
+    Raises:
+      FloatingPointError: a metric is not finite; names stage, step and metric. No checkpoint of that state
+        is written.
+      FileNotFoundError: the stage has checkpoints, and none can be read.
+    """
+    steps = steps if folder.max_steps is None else min(steps, folder.max_steps)
+    with Checkpoints(folder.checkpoints(name), keep=keep) as checkpoints:
+        done, state = _restore(name, checkpoints, init)
+        if done < steps:
+            folder.truncate_after(name, done)
+        with console.open_stage(name, steps, start=done) as view:
+            if done:
+                word = "done" if done >= steps else "continues"
+                view.note(f"{word}: checkpoint of step {done} of {steps}")
+            report = _reporter(name, folder, view, steps, done, nullable, show)
+            late = None  # a step with metrics not fetched yet: fetching at once would leave the device idle
+            for i in range(done, steps):
+                state, *out = step(state, i) if batch is None else step(state, batch(i), i)
+                if late:
+                    report(*late)
+                late = (i + 1, *out)
+                if (i + 1) % checkpoint_every == 0 or i + 1 == steps:
+                    report(*late)
+                    late = None
+                    folder.sync()
+                    checkpoints.save(i + 1, state)
+        checkpoints.wait()
+    return state
+
+
+def run_once(
+    name: str,
+    *,
+    folder: RunFolder,
+    compute: Callable[[], tuple[Mapping[str, Any], Mapping[str, float], Rows]],
+) -> dict[str, np.ndarray]:
+    """Computes arrays once a run; a resumed run reads them back.
+
+    `compute() -> (arrays, metrics, sample rows)`. The arrays (numbers, booleans or strings; no objects) are
+    kept in arrays/NAME.npz, the metrics and rows logged as step 0 of the stage `name`. A damaged file is
+    computed again.
+    """
+    path = folder.path / "arrays" / f"{name}.npz"
+    with console.open_stage(name, 1) as view:
+        stored = _load_arrays(path, view.note)
+        if stored is not None:
+            view.note("done earlier")
+            return stored
+        folder.truncate_after(name, -1)
+        start = time.perf_counter()
+        arrays, metrics, rows = compute()
+        arrays = {key: np.asarray(value) for key, value in jax.device_get(dict(arrays)).items()}
+        values = {key: plain_number(value) for key, value in jax.device_get(dict(metrics)).items()}
+        _log(name, 0, folder, values, {"seconds": time.perf_counter() - start})
+        folder.log_samples(name, 0, rows)
+        view.update(1, values, True)
+        view.samples(name, rows[:SAMPLES_SHOWN])
+        folder.sync()
+        _save_arrays(path, arrays)
+    return arrays
+
+
+def plain_number(value: Any) -> float | int:
+    """A scalar array as a Python number. A float32 gets the shortest decimal that names it: 0.1, not
+    0.10000000149.
+
+    Raises ValueError where the value is not a scalar.
+    """
+    array = np.asarray(value)
+    if array.shape != ():
+        raise ValueError(
+            f"a metric is a scalar, but this one has shape {array.shape}: take its mean in the step"
+        )
+    if array.dtype == np.float32:
+        return float(str(array[()]))
+    return int(array) if array.dtype.kind in "iub" else float(array)
+
+
+@functools.cache
+def compile_clock() -> Callable[[], tuple[float, int]]:
+    """A function that tells (seconds spent compiling, programs taken from the cache) since this was first
+    called.
+
+    JAX offers no way to take a listener off again, so there is one for the whole process.
+    """
+    seconds = [0.0]
+    hits = [0]
+
+    def on_duration(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del kwargs
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds[0] += duration_secs
+
+    def on_event(event: str, **kwargs: str | int) -> None:
+        del kwargs
+        if event == "/jax/compilation_cache/cache_hits":
+            hits[0] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    jax.monitoring.register_event_listener(on_event)
+    return lambda: (seconds[0], hits[0])
+
+
+def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], State]) -> tuple[int, State]:
+    state = init()
+    restored = checkpoints.restore_latest(state)
+    if restored is not None:
+        return restored
+    if checkpoints.steps():
+        raise FileNotFoundError(
+            f"stage {name}: none of its checkpoints (steps {checkpoints.steps()}) can be read. "
+            f"Delete the folder checkpoints/{name} of the run to do this stage anew"
+        )
+    return 0, state
+
+
+def _reporter(
+    name: str,
+    folder: RunFolder,
+    view: console.StageView,
+    steps: int,
+    done: int,
+    nullable: frozenset[str],
+    show: Show,
+) -> Callable[..., None]:
+    """A function (step, metrics, aux) that fetches, checks, logs and shows one step."""
+    every = show.every or max(1, steps // 20)
+    lap = _stopwatch()
+    recent: list[dict[str, float]] = []  # numbers of the steps since the last line shown
+
+    def report(step: int, metrics: Mapping[str, Any], aux: Any = None) -> None:
+        fetched = {key: plain_number(value) for key, value in jax.device_get(dict(metrics)).items()}
+        values = {key: value for key, value in fetched.items() if not key.startswith(PERF)}
+        if show.measure:
+            values |= show.measure(step, jax.device_get(aux))
+        perf = lap() | {key.removeprefix(PERF): fetched[key] for key in fetched.keys() - values.keys()}
+        _log(name, step, folder, values, perf | _rates([values | perf]))
+        _refuse_non_finite(name, step, values, nullable)
+        recent.append(values | perf)
+        shown = step % every == 0 or step in (done + 1, steps)
+        view.update(step, _line(values, recent, show.columns) if shown else {}, shown)
+        if shown:
+            recent.clear()
+        if show.samples and show.samples_every and (step % show.samples_every == 0 or step == steps):
+            rows = show.samples(step, jax.device_get(aux))
+            folder.log_samples(name, step, rows)
+            view.samples(f"{name}, step {step}", rows[:SAMPLES_SHOWN])
+
+    return report
+
+
+def _log(
+    name: str, step: int, folder: RunFolder, values: Mapping[str, float], perf: Mapping[str, float]
+) -> None:
+    folder.log_metrics(name, step, values)
+    folder.log_perf(name, step, perf)
+    folder.tracker.log(name, step, dict(values) | {f"{PERF}{key}": value for key, value in perf.items()})
+
+
+def _stopwatch() -> Callable[[], dict[str, float]]:
+    """A function that tells what has passed since its last call: seconds, and compiling among them."""
+    clock = compile_clock()
+    last = (time.perf_counter(), *clock())
+
+    def lap() -> dict[str, float]:
+        nonlocal last
+        now = (time.perf_counter(), *clock())
+        seconds, compiled, hits = (new - old for new, old in zip(now, last, strict=True))
+        last = now
+        return {"seconds": seconds, "compile_seconds": compiled, "cache_hits": hits}
+
+    return lap
+
+
+def _rates(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """ "COUNT_per_second" for each of RATES, over the steps that compiled nothing: the others say nothing of
+    a rate."""
+    steady = [step for step in steps if step["compile_seconds"] == 0.0]
+    seconds = sum(step["seconds"] for step in steady)
+    return {
+        f"{count}_per_second": sum(step[count] for step in steady) / seconds
+        for count in RATES
+        if steady and count in steady[0]
+    }
+
+
+def _line(
+    values: Mapping[str, float], recent: Sequence[Mapping[str, float]], columns: Mapping[str, str]
+) -> dict[str, float]:
+    """Label -> number for one line: the chosen metrics, rates since the last line, any compile time."""
+    chosen = columns or {name: name for name in list(values)[:COLUMNS_BY_DEFAULT]}
+    rates, compiled = _rates(recent), sum(step["compile_seconds"] for step in recent)
+    line = {label: values[name] for name, label in chosen.items() if name in values}
+    line |= {RATES[name.removesuffix("_per_second")]: rate for name, rate in rates.items()}
+    return line | ({"compile s": compiled} if compiled > SECONDS_WORTH_SHOWING else {})
+
+
+def _refuse_non_finite(name: str, step: int, values: Mapping[str, float], nullable: frozenset[str]) -> None:
+    bad = [
+        f"{key} = {value}"
+        for key, value in values.items()
+        if key not in nullable and not math.isfinite(value)
+    ]
+    if bad:
+        raise FloatingPointError(
+            f"stage {name}, step {step}: {', '.join(bad)}. The run stops, with no checkpoint of this state. "
+            "metrics.jsonl shows how it came about; try a lower learning rate or gradient norm limit"
+        )
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    objects = [key for key, array in arrays.items() if array.dtype == object]
+    if objects:
+        raise TypeError(f"{path.stem}: {objects} cannot be kept; arrays of numbers, booleans or strings can")
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def _load_arrays(path: Path, note: Callable[[str], None]) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        note(f"warning: {path} is damaged ({error}); computing it again")
+        return None

@@ -1,0 +1,281 @@
+"""Runs an experiment: `python experiments/run.py NAME [flags]`; without a name, `summarize`.
+
+An experiment is a file of this folder that offers `DESCRIPTION` (one line), `Config` (a frozen dataclass
+whose defaults are the preset; importable without jax) and `run(config, folder) -> dict[str, float]`. Preset
+< `--config file.yaml` < flags.
+"""
+
+import argparse
+import ast
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs as it lies, from any folder
+
+from experiments.options import did_you_mean, differences, override, read_yaml, to_mapping, write_yaml
+from rlhfjax import console, run_folder, tracking
+
+HERE = Path(__file__).resolve().parent
+DEFAULT_EXPERIMENT = "summarize"
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run; the experiment's own options follow."""
+
+    seed: int = 0
+    """Root of all randomness of the run."""
+    max_steps: int | None = None
+    """At most so many steps in every stage: a quick look whether all works, not a result."""
+    config: Path | None = None
+    """YAML file of options; flags win over it. --print-config writes one."""
+    run_dir: Path | None = None
+    """Folder of this run. None: runs/NAME/TIME-sSEED."""
+    resume: Path | None = None
+    """Folder of an earlier run, to continue it with its own options."""
+    log: str = "jsonl"
+    """Where metrics go, comma-separated: jsonl (always), tensorboard, wandb, trackio."""
+    list: Flag = False
+    """List the experiments and stop."""
+    print_config: Flag = False
+    """Print all options as YAML, to edit and give back with --config, and stop."""
+
+
+RECORDED = ("seed", "max_steps")  # the runner's options that are part of what a run is
+
+
+def main(arguments: Sequence[str] | None = None, directory: Path = HERE) -> int:
+    """Runs the command line `arguments` on the experiments in `directory`; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if "--list" in arguments:
+            print(list_experiments(directory))
+            return 0
+        name, module, options, config = parse(arguments, directory)
+        record = _record(name, options, config)
+        if options.print_config:
+            print(write_yaml(record), end="")
+            return 0
+        tracking.parse_names(options.log)
+        folder = open_folder(name, options, record)
+        with run_folder.lock(folder.path):
+            return execute(module, config, folder, options, record)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str], directory: Path) -> tuple[str, ModuleType, RunOptions, Any]:
+    """From a command line: the experiment's name and module, the runner's options, the experiment's config.
+
+    Raises ValueError or FileNotFoundError on an unknown experiment, a bad YAML file, a folder that is no
+    run, or options that differ from those of the run to resume. An unknown or mistyped flag ends the
+    process as tyro does, status 2.
+    """
+    first, _ = _early_parser().parse_known_args(arguments)
+    saved = _read_run(first.resume) if first.resume else {}
+    layers = [(saved, str(first.resume))] if saved else []
+    layers += [(read_yaml(first.config), str(first.config))] if first.config else []
+    typed = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    name = _one_name(typed, layers)
+    module = load_experiment(name, directory)
+    options, config = RunOptions(), module.Config()
+    for layer, source in layers:
+        own = {key: value for key, value in layer.items() if key in RECORDED}
+        rest = {key: value for key, value in layer.items() if key not in (*RECORDED, "experiment")}
+        options, config = override(options, own, source=source), override(config, rest, source=source)
+    options, config = _parse_flags(name, arguments, options, config, directory)
+    if saved:
+        changed = differences(saved, _record(name, options, config))
+        if changed:
+            lines = "\n  ".join(changed)
+            raise ValueError(
+                f"--resume continues {first.resume} as it was begun, and these options differ:\n  {lines}\n"
+                "Leave them out to continue it, or leave out --resume to start a new run with them"
+            )
+    return name, module, options, config
+
+
+def open_folder(name: str, options: RunOptions, record: dict[str, Any]) -> run_folder.RunFolder:
+    """The folder to run in: a new one, or that of the run to resume."""
+    if options.resume:
+        if options.run_dir:
+            raise ValueError(
+                "--run-dir makes a new folder and --resume goes on in an old one: give one of them"
+            )
+        return run_folder.RunFolder(options.resume, name, options.seed, options.max_steps)
+    return run_folder.create(
+        options.run_dir or Path("runs"),
+        write_yaml(record),
+        experiment=name,
+        seed=options.seed,
+        max_steps=options.max_steps,
+        exact=options.run_dir is not None,
+    )
+
+
+def execute(
+    module: ModuleType, config: Any, folder: run_folder.RunFolder, options: RunOptions, record: dict[str, Any]
+) -> int:
+    """Runs the experiment in its folder, writes its summary, and says what to type next."""
+    print(f"{folder.experiment}, seed {folder.seed}, in {folder.path}", flush=True)
+    folder.repair()
+    use_compilation_cache()
+    run_folder.write_environment(folder.path, HERE.parent)
+    tracker = tracking.open_trackers(
+        options.log, folder.path, record, f"{folder.experiment}/{folder.path.name}"
+    )
+    try:
+        summary = module.run(config, dataclasses.replace(folder, tracker=tracker))
+        folder.write_summary(summary)
+    except KeyboardInterrupt:
+        print(console.interrupted_lines(folder), file=sys.stderr)
+        return 130
+    except (FloatingPointError, OSError) as error:
+        print(f"error: {error}\n{console.interrupted_lines(folder)}", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        print(console.interrupted_lines(folder), file=sys.stderr)
+        return 1
+    finally:
+        tracker.close()
+    print(console.closing_lines(folder, summary), flush=True)
+    return 0
+
+
+def find_experiments(directory: Path) -> dict[str, str]:
+    """Name -> description of the files in `directory` that set DESCRIPTION. Nothing is imported."""
+    found = {}
+    for path in sorted(directory.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [
+                "DESCRIPTION"
+            ]:
+                found[path.stem] = ast.literal_eval(node.value)
+    return found
+
+
+def list_experiments(directory: Path) -> str:
+    """One line per experiment: name and description."""
+    found = find_experiments(directory)
+    width = max(map(len, found), default=0)
+    return "\n".join(f"{name:<{width}}  {description}" for name, description in found.items())
+
+
+def load_experiment(name: str, directory: Path) -> ModuleType:
+    """Imports the experiment `name`. Raises ValueError, with the nearest name, where there is none."""
+    found = find_experiments(directory)
+    if name not in found:
+        raise ValueError(
+            f"no experiment named {name!r}{did_you_mean(name, found)} (there are: {', '.join(found)})"
+        )
+    specification = importlib.util.spec_from_file_location(f"experiments.{name}", directory / f"{name}.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in ~/.cache/rlhfjax/xla or $RLHFJAX_CACHE_DIR (empty: no cache).
+
+    Programs compiled for one processor may not run on another, and home folders are shared between
+    machines: so there is a folder per processor type.
+    """
+    root = os.environ.get("RLHFJAX_CACHE_DIR", str(Path.home() / ".cache" / "rlhfjax" / "xla"))
+    if not root:
+        return
+    import jax
+
+    folder = Path(root) / _processor()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"note: compiled programs are not kept, since {folder} cannot be made ({error.strerror})")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _processor() -> str:
+    """A short name for the instructions that this machine's processor has."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def _early_parser() -> argparse.ArgumentParser:
+    """Reads the flags that decide what the others default to; tyro reads them again, for the help."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume", type=Path)
+    return parser
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    if not (path / "config.yaml").is_file():
+        raise FileNotFoundError(f"--resume {path}: not a run folder (it has no config.yaml)")
+    saved = read_yaml(path / "config.yaml")
+    if "experiment" not in saved:
+        raise ValueError(
+            f"{path / 'config.yaml'} does not name its experiment: add a line `experiment: NAME`"
+        )
+    return saved
+
+
+def _one_name(typed: str | None, layers: list[tuple[dict[str, Any], str]]) -> str:
+    """The experiment that command line and files agree on."""
+    name = typed
+    for layer, source in layers:
+        named = layer.get("experiment", name)
+        if name not in (None, named):
+            raise ValueError(f"{source} is for the experiment {named!r}, not {name!r}")
+        name = None if named is None else str(named)
+    return name or DEFAULT_EXPERIMENT
+
+
+def _parse_flags(
+    name: str, arguments: list[str], options: RunOptions, config: Any, directory: Path
+) -> tuple[RunOptions, Any]:
+    """Flags over `options` and `config`. tyro sees both as one, so that its suggestions cover both."""
+    unprefixed = tyro.conf.arg(name="")
+    fields: list[Any] = [
+        ("options", Annotated[RunOptions, unprefixed]),
+        ("config", Annotated[type(config), unprefixed]),
+    ]
+    command: Any = dataclasses.make_dataclass("Command", fields, frozen=True)
+    found = find_experiments(directory)
+    others = f"Experiments: {', '.join(found)}. --list says what each does, NAME --help what it takes."
+    parsed = tyro.cli(
+        command,
+        prog=f"python experiments/run.py {name}",
+        description=f"{found[name]}\n\n{others}",
+        args=arguments,
+        default=command(options, config),
+    )
+    return parsed.options, parsed.config
+
+
+def _record(name: str, options: RunOptions, config: Any) -> dict[str, Any]:
+    """What config.yaml holds."""
+    return {"experiment": name} | {key: getattr(options, key) for key in RECORDED} | to_mapping(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
