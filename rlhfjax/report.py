@@ -1,0 +1,281 @@
+"""What a run says to its reader: intervals, calibration, Markdown tables and `report.md`. NumPy only.
+
+The figures that go with it are drawn by `rlhfjax.figures`.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlhfjax.run_folder import write_atomically
+
+
+class Interval(NamedTuple):
+    """A number and the interval around it, in the number's unit; the ends are NaN if it rests on one item."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if math.isnan(self.low):
+            return f"{self.value:.4g} (one item)"
+        decimals = _decimals(self.high - self.low)
+        return f"{self.value:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
+
+
+class CalibrationBin(NamedTuple):
+    """Predictions that fell between two edges, beside what happened."""
+
+    count: int
+    predicted: float  # mean predicted probability; NaN where the bin is empty
+    observed: (
+        Interval  # share of outcomes that were true, with its Wilson interval; NaN where the bin is empty
+    )
+
+
+class Table(NamedTuple):
+    """Rows of cells, each of the header's length. A cell holds any value; text is escaped when written."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+class Section(NamedTuple):
+    """A part of the report: a title, Markdown text as it stands, a table, and figures as (path, caption)."""
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    figures: Sequence[tuple[str | os.PathLike[str], str]] = ()
+
+
+def bootstrap_interval(
+    values: Any,
+    seed: int,
+    *,
+    confidence: float = 0.95,
+    statistic: Callable[..., Any] = np.mean,
+    resamples: int = 10_000,
+) -> Interval:
+    """The percentile bootstrap interval of a statistic (Efron and Tibshirani 1993, section 13.3).
+
+    Args:
+      values: [N] independent items. Several samples of one prompt are not independent: average them per
+        prompt first.
+      seed: the same values and seed give the same interval.
+      confidence: share of repetitions whose interval holds the true value, 0 < confidence < 1.
+      statistic: `f(array, axis=-1)`, such as `np.mean` or `np.median`.
+      resamples: how many times the N items are drawn again with replacement.
+
+    Returns:
+      The statistic of the values and its interval. One item gives NaN ends: it says nothing of its own
+      spread.
+
+    Raises:
+      ValueError: no items, a NaN or infinite one (its place is named), or another rank than 1.
+    """
+    items = _finite_vector(values, "values")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    value = float(statistic(items, axis=-1))
+    if items.size == 1:
+        return Interval(value, math.nan, math.nan)
+    generator = np.random.default_rng(seed)
+    block = max(1, 1_000_000 // items.size)  # rows at a time, so that memory does not grow with resamples
+    statistics = np.concatenate(
+        [
+            statistic(
+                items[generator.integers(items.size, size=(min(block, resamples - start), items.size))],
+                axis=-1,
+            )
+            for start in range(0, resamples, block)
+        ]
+    )
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(statistics, [tail, 100.0 - tail])
+    return Interval(value, float(low), float(high))
+
+
+def paired_difference_interval(
+    values: Any, baseline: Any, seed: int, *, confidence: float = 0.95, resamples: int = 10_000
+) -> Interval:
+    """The bootstrap interval of mean(values - baseline), both [N], item i of each from the same prompt.
+
+    Pairing takes out how hard each prompt is, so the interval is narrower than that of two separate samples.
+
+    Raises:
+      ValueError: unequal lengths, or what `bootstrap_interval` refuses.
+    """
+    left, right = _finite_vector(values, "values"), _finite_vector(baseline, "baseline")
+    if left.shape != right.shape:
+        raise ValueError(
+            f"values has {left.size} items and baseline {right.size}: a paired difference needs equal numbers"
+        )
+    return bootstrap_interval(left - right, seed, confidence=confidence, resamples=resamples)
+
+
+def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> Interval:
+    """The interval of a share (Wilson 1927): sensible also for few trials and for shares of 0 and 1.
+
+    Args:
+      successes, trials: counts, 0 <= successes <= trials and trials > 0.
+      z: half-width in standard errors; the default gives 95 %.
+    """
+    if not 0 <= successes <= trials or trials == 0:
+        raise ValueError(
+            f"{successes} successes of {trials} trials: need 0 <= successes <= trials and trials > 0"
+        )
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    # Rounding must not put an end on the wrong side of the share, at 0 and at 1.
+    return Interval(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
+
+
+def calibration(probability: Any, outcome: Any, *, bins: int = 10) -> list[CalibrationBin]:
+    """How often what was predicted with some probability came true, in `bins` equal bins over [0, 1].
+
+    Args:
+      probability: [N] predicted probabilities, for example that the chosen answer of a pair wins.
+      outcome: [N] what happened, 0 or 1 (or bool).
+      bins: how many; a probability on an edge counts to the bin above it, and 1 to the last.
+
+    Raises:
+      ValueError: a probability outside [0, 1], an outcome other than 0 or 1, or unequal lengths.
+    """
+    predicted, happened = _finite_vector(probability, "probability"), _finite_vector(outcome, "outcome")
+    if predicted.shape != happened.shape:
+        raise ValueError(f"probability has {predicted.size} items and outcome {happened.size}")
+    if predicted.min() < 0 or predicted.max() > 1:
+        raise ValueError(f"probability must lie in [0, 1]; it spans {predicted.min()} to {predicted.max()}")
+    if not np.isin(happened, (0.0, 1.0)).all():
+        raise ValueError(f"outcome must be 0 or 1; it holds {happened[~np.isin(happened, (0.0, 1.0))][0]}")
+    place = np.minimum((predicted * bins).astype(int), bins - 1)
+    found = []
+    for index in range(bins):
+        inside = place == index
+        count = int(inside.sum())
+        if count == 0:
+            found.append(CalibrationBin(0, math.nan, Interval(math.nan, math.nan, math.nan)))
+        else:
+            share = wilson_interval(int(happened[inside].sum()), count)
+            found.append(CalibrationBin(count, float(predicted[inside].mean()), share))
+    return found
+
+
+def calibration_error(bins: Sequence[CalibrationBin]) -> float:
+    """Expected calibration error: |observed - predicted| averaged over bins, weighted by their counts.
+
+    Guo et al. 2017, arXiv:1706.04599, eq. 3. In units of probability; 0 is perfect.
+    """
+    filled = [entry for entry in bins if entry.count]
+    total = sum(entry.count for entry in filled)
+    return sum(entry.count * abs(entry.observed.value - entry.predicted) for entry in filled) / total
+
+
+def markdown_table(table: Table) -> str:
+    """The table in Markdown. Text from a model or a data set cannot break out of its cell or add formatting.
+
+    Raises:
+      ValueError: a row whose length is not the header's.
+    """
+    lines = [_row(table.header), "|" + "|".join(" --- " for _ in table.header) + "|"]
+    for number, row in enumerate(table.rows):
+        if len(row) != len(table.header):
+            raise ValueError(f"row {number} has {len(row)} cells, the header {len(table.header)}")
+        lines.append(_row(row))
+    return "\n".join(lines) + "\n"
+
+
+def markdown_text(text: str, *, longest: int = 0) -> str:
+    """`text` on one line of Markdown that shows it as it is: Markdown and HTML in it are escaped.
+
+    Line breaks become `<br>`; other control characters become visible escapes such as `\\x1b`.
+
+    Args:
+      text: any text.
+      longest: if positive, text beyond so many characters is cut and the cut marked with an ellipsis.
+    """
+    if longest and len(text) > longest:
+        text = text[: longest - 1] + "…"
+    return "".join(_escape(character) for character in text.replace("\r\n", "\n"))
+
+
+def write_report(folder: str | os.PathLike[str], title: str, sections: Sequence[Section]) -> Path:
+    """Writes `folder/report.md` and returns its path. Figures are linked relative to the folder.
+
+    Raises:
+      FileNotFoundError: a figure is not there.
+    """
+    folder = Path(folder)
+    parts = [f"# {markdown_text(title)}\n"]
+    for section in sections:
+        parts.append(f"## {markdown_text(section.title)}\n")
+        if section.text:
+            parts.append(section.text.strip() + "\n")
+        if section.table is not None:
+            parts.append(markdown_table(section.table))
+        for path, caption in section.figures:
+            figure = folder / path  # an absolute path stays as it is
+            if not figure.is_file():
+                raise FileNotFoundError(
+                    f"section {section.title!r} shows the figure {figure}, which is not there"
+                )
+            link = Path(os.path.relpath(figure, folder)).as_posix()
+            parts.append(f"![{markdown_text(caption)}](<{link}>)\n\n*{markdown_text(caption)}*\n")
+    path = folder / "report.md"
+    write_atomically(path, "\n".join(parts))
+    return path
+
+
+def _finite_vector(values: Any, name: str) -> np.ndarray:
+    """`values` as float64 [N], N > 0, or a ValueError that says what is wrong with it."""
+    vector = np.asarray(values, np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"{name} must have one axis, of items; its shape is {vector.shape}")
+    if vector.size == 0:
+        raise ValueError(f"{name} is empty: there is nothing to measure")
+    if not np.isfinite(vector).all():
+        place = int(np.argmin(np.isfinite(vector)))
+        raise ValueError(f"{name}[{place}] is {vector[place]}: every item must be finite")
+    return vector
+
+
+def _decimals(width: float) -> int:
+    """Decimals that show two figures of an interval's width: a number should claim no more than is known."""
+    if not 0.0 < width < math.inf:
+        return 3
+    return max(0, 1 - math.floor(math.log10(width)))
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool | np.bool_):
+        return "yes" if value else "no"
+    if isinstance(value, float | np.floating):
+        return "" if math.isnan(value) else f"{value:.4g}"
+    if isinstance(value, Interval):
+        return str(value)
+    return markdown_text(str(value))
+
+
+def _escape(character: str) -> str:
+    if character == "\n":
+        return "<br>"
+    if character in "<>&":
+        return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[character]
+    if character in "\\`*_[]|~$#!":
+        return "\\" + character
+    if not character.isprintable():
+        return "\\" + character.encode("unicode_escape").decode()
+    return character

@@ -1,0 +1,34 @@
+"""Settings every test runs under; they must be in place before JAX starts its backend.
+
+CPU only (so that numbers do not depend on the machine's accelerator), four virtual devices (so that sharding
+is exercised on any machine), and an error wherever two arrays of unequal rank would be broadcast silently.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs from one test run to the next: most of a run's time is compilation.
+
+    `pytest --cache-clear` empties the store, `-p no:cacheprovider` does without it. Of a damaged entry JAX
+    warns, and compiles anew.
+    """
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A typed random key; every test that asks for it starts from the same one."""
+    return jax.random.key(0)
