@@ -23,15 +23,11 @@ MASK = jnp.asarray([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]], bool)
 
 @jax.jit
 def run(prompt, mask, keys, sampling) -> Generation:
-    return generate(
-        LM, PARAMS, prompt, mask, keys, max_new_tokens=8, stop_tokens=STOP, sampling=sampling
-    )
+    return generate(LM, PARAMS, prompt, mask, keys, max_new_tokens=8, stop_tokens=STOP, sampling=sampling)
 
 
 def default(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Sampling:
-    return Sampling(
-        jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p)
-    )
+    return Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
 
 
 def keys(samples=4):

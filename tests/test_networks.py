@@ -79,7 +79,8 @@ def numpy_decoder(config: Decoder, params, tokens: list[int]) -> np.ndarray:
         layer, size = p[f"layer_{i}"], config.head_size
         normed = [norm(x, layer["attention_norm"]) for x in stream]
         q, k, v = (
-            [linear(x, layer["attention"][n]).reshape(-1, size) for x in normed] for n in ("query", "key", "value")
+            [linear(x, layer["attention"][n]).reshape(-1, size) for x in normed]
+            for n in ("query", "key", "value")
         )
         if config.positions == "rotary":
             q = [np.stack([rotate(head, t) for head in x]) for t, x in enumerate(q)]
@@ -137,9 +138,9 @@ def test_causality_by_gradient():
 
     def at_two(embedding_rows):
         swapped = params | {"embedding": params["embedding"].at[token[0]].set(embedding_rows)}
-        return lm.apply(swapped, token, position_BT=jnp.arange(5)[None], mask_BTS=causal_mask(token * 0 + 1))[0][
-            0, 2
-        ].sum()
+        return lm.apply(swapped, token, position_BT=jnp.arange(5)[None], mask_BTS=causal_mask(token * 0 + 1))[
+            0
+        ][0, 2].sum()
 
     gradient = np.abs(jax.grad(at_two)(params["embedding"][token[0]])).sum(axis=1)
     assert gradient[2] > 0 and gradient[0] > 0

@@ -34,6 +34,9 @@ def sample_keys(key: jax.Array, index_B: jax.Array, samples: int) -> jax.Array:
     return jax.vmap(fold, in_axes=(None, 0), out_axes=1)(per_prompt, jnp.arange(samples))
 
 
+PLAIN = Sampling()  # the model's own distribution
+
+
 class _Loop(NamedTuple):
     step: jax.Array  # number of tokens drawn so far
     last_BG: jax.Array
@@ -51,7 +54,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
 ) -> Generation:
     """Samples G completions of each prompt, up to `max_new_tokens` tokens or the first stop token.
 
@@ -122,7 +125,10 @@ def generate(
     )
     shape = (batch, samples, max_new_tokens)
     empty = Generation(
-        jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape), jnp.zeros((batch, samples), bool)
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, bool),
+        jnp.zeros(shape),
+        jnp.zeros((batch, samples), bool),
     )
     state = _Loop(jnp.int32(0), jnp.zeros((batch, samples), jnp.int32), empty.finished_BG, cache, empty)
     first_logits = jnp.repeat(lm.logits(params, hidden_BPD[:, -1:]), samples, axis=1)

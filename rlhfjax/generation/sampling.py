@@ -22,11 +22,17 @@ class Sampling(NamedTuple):
 
     temperature: jax.Array | float = 1.0  # logits are divided by it; 0 means greedy
     top_k: jax.Array | int = 0  # keep the k most likely; 0 keeps all. Ties with the k-th are kept.
-    top_p: jax.Array | float = 1.0  # keep the fewest tokens whose mass reaches top_p; 1 keeps all (arXiv 1904.09751)
-    min_p: jax.Array | float = 0.0  # keep tokens of at least min_p times the largest probability (arXiv 2407.01082)
+    top_p: jax.Array | float = (
+        1.0  # keep the fewest tokens whose mass reaches top_p; 1 keeps all (arXiv 1904.09751)
+    )
+    min_p: jax.Array | float = (
+        0.0  # keep tokens of at least min_p times the largest probability (arXiv 2407.01082)
+    )
 
 
-def sample_token(logits_RV: jax.Array, uniform_R: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+def sample_token(
+    logits_RV: jax.Array, uniform_R: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
     """Draws a token per row by inverting the distribution function at `uniform_R`, float32 in [0, 1).
 
     Returns (token_R int32, logp_R float32): `logp` is the log-probability under the distribution that was sampled
@@ -43,7 +49,9 @@ def sample_token(logits_RV: jax.Array, uniform_R: jax.Array, sampling: Sampling)
     logits_RV = logits_RV.astype(jnp.float32) / jnp.where(greedy_R, 1.0, temperature_R)[:, None]
     top_k, top_p, min_p = (jnp.asarray(x) for x in sampling[1:])
     filtered = jnp.any(top_k > 0) | jnp.any(top_p < 1) | jnp.any(min_p > 0)
-    logits_RV = jax.lax.cond(filtered, lambda x: filter_logits(x, top_k, top_p, min_p), lambda x: x, logits_RV)
+    logits_RV = jax.lax.cond(
+        filtered, lambda x: filter_logits(x, top_k, top_p, min_p), lambda x: x, logits_RV
+    )
 
     highest_R = jnp.max(logits_RV, axis=1)
     mass_RV = jnp.exp(logits_RV - highest_R[:, None])

@@ -5,8 +5,8 @@ Modules never leave this room: a State, a checkpoint and an algorithm hold neste
 
 from rlhfjax.networks.branches import Branches, branch_hidden, branch_mask, pad_prompt_positions
 from rlhfjax.networks.decoder import Cache, LanguageModel, causal_mask, decoder
-from rlhfjax.networks.induction import with_induction_heads
 from rlhfjax.networks.heads import init_scalar_head, scalar_head
+from rlhfjax.networks.induction import with_induction_heads
 
 __all__ = [
     "Branches",

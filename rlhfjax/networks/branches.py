@@ -71,6 +71,8 @@ def branch_hidden(lm: LanguageModel, params: dict, branches: Branches) -> tuple[
     hidden_BTD, _ = lm.apply(params, token_BT, position_BT=position_BT, mask_BTS=mask_BTT)
     start = prompt_BP.shape[1]
     after = hidden_BTD[:, start:].reshape(batch, samples, length, -1)
-    last_prompt = jnp.broadcast_to(hidden_BTD[:, None, start - 1 : start], (batch, samples, 1, hidden_BTD.shape[-1]))
+    last_prompt = jnp.broadcast_to(
+        hidden_BTD[:, None, start - 1 : start], (batch, samples, 1, hidden_BTD.shape[-1])
+    )
     before = jnp.concatenate([last_prompt, after[:, :, :-1]], axis=2)
     return before, after

@@ -21,8 +21,9 @@ from rlhfjax.config import Decoder as Config
 class LayerCache(NamedTuple):
     """Keys and values of one layer, already rotated to their positions."""
 
-    key: jax.Array  # [B, S, N, K]
-    value: jax.Array  # [B, S, N, K]
+    # Heads before slots: attention then reads the cache as it lies, where any other order copies it at every token.
+    key: jax.Array  # [B, N, S, K]
+    value: jax.Array  # [B, N, S, K]
 
 
 Cache = tuple[LayerCache, ...]
@@ -66,15 +67,15 @@ def causal_mask(segment_BT: jax.Array) -> jax.Array:
     return (causal & same & real) | jnp.eye(length, dtype=bool)[None]
 
 
-def rotary(x_BTHK: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
+def rotary(x_BHTK: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding (RoFormer, arXiv 2104.09864), halves rotated as in GPT-NeoX and Llama."""
-    half = x_BTHK.shape[-1] // 2
+    half = x_BHTK.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BT.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    angle = position_BT.astype(jnp.float32)[:, None, :, None] * frequency[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_BHTK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHK.dtype)
+    return rotated.astype(x_BHTK.dtype)
 
 
 class Norm(nn.Module):
@@ -108,11 +109,12 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.outputs))
-        out = x @ kernel.astype(x.dtype)
+        # As one matrix: on CPU the gradient of a rank-3 product copies its operands, and takes twice the time.
+        out = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
             out = out + _along_last(bias.astype(x.dtype), out)
-        return out
+        return out.reshape(*x.shape[:-1], self.outputs)
 
 
 class Attention(nn.Module):
@@ -128,7 +130,7 @@ class Attention(nn.Module):
 
         def project(name, heads):
             out = Projection(heads * size, config.attention_bias, config.width**-0.5, name=name)(x_BTD)
-            return out.reshape(batch, length, heads, size)
+            return out.reshape(batch, length, heads, size).swapaxes(1, 2)
 
         query = project("query", config.heads)
         key, value = project("key", config.kv_heads), project("value", config.kv_heads)
@@ -136,15 +138,29 @@ class Attention(nn.Module):
             query, key = (rotary(x, position_BT, config.rope_theta) for x in (query, key))
         if cache is not None:
             write = jax.lax.dynamic_update_slice_in_dim
-            key = write(cache.key, key.astype(cache.key.dtype), slot, axis=1)
-            value = write(cache.value, value.astype(cache.value.dtype), slot, axis=1)
+            key = write(cache.key, key.astype(cache.key.dtype), slot, axis=2)
+            value = write(cache.value, value.astype(cache.value.dtype), slot, axis=2)
             cache = LayerCache(key, value)
-        out = jax.nn.dot_product_attention(
-            query, key.astype(query.dtype), value.astype(query.dtype), mask=mask_BTS[:, None]
-        )
+        out = attend(query, key.astype(query.dtype), value.astype(query.dtype), mask_BTS)
         stddev = (config.heads * size * 2 * config.layers) ** -0.5
-        out = Projection(config.width, config.output_bias, stddev, name="output")(out.reshape(batch, length, -1))
-        return out, cache
+        out = out.swapaxes(1, 2).reshape(batch, length, -1)
+        return Projection(config.width, config.output_bias, stddev, name="output")(out), cache
+
+
+def attend(
+    query_BHTK: jax.Array, key_BNSK: jax.Array, value_BNSK: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """softmax(query key^T / sqrt(K)) value, [B, H, T, K]; the softmax in float32. H / N query heads share a key head.
+
+    `mask` is bool, True where a query may see a key; every query must see one.
+    """
+    batch, heads, length, size = query_BHTK.shape
+    groups = heads // key_BNSK.shape[1]
+    query = query_BHTK.reshape(batch, -1, groups, length, size)
+    score = jnp.einsum("bngtk,bnsk->bngts", query, key_BNSK, preferred_element_type=jnp.float32) * size**-0.5
+    score = jnp.where(mask_BTS[:, None, None], score, -1e30)
+    weight = jax.nn.softmax(score, axis=-1).astype(value_BNSK.dtype)
+    return jnp.einsum("bngts,bnsk->bngtk", weight, value_BNSK).reshape(query_BHTK.shape)
 
 
 class MLP(nn.Module):
@@ -222,9 +238,12 @@ def decoder(config: Config) -> LanguageModel:
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def init_cache(batch: int, slots: int) -> Cache:
-        shape = (batch, slots, config.kv_heads, config.head_size)
-        zeros = jnp.zeros(shape, jnp.dtype(config.dtype))
-        return tuple(LayerCache(zeros, zeros) for _ in range(config.layers))
+        shape = (batch, config.kv_heads, slots, config.head_size)
+        # Separate arrays, so that a caller may donate them all.
+        return tuple(
+            LayerCache(*(jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in LayerCache._fields))
+            for _ in range(config.layers)
+        )
 
     return LanguageModel(config, init, apply, embedding, logits, init_cache)
 
@@ -238,8 +257,19 @@ def _check(config: Config) -> None:
     }
     for field, allowed in choices.items():
         if getattr(config, field) not in allowed:
-            raise ValueError(f"decoder {field}={getattr(config, field)!r} is unknown; choose one of {allowed}")
-    for field in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions"):
+            raise ValueError(
+                f"decoder {field}={getattr(config, field)!r} is unknown; choose one of {allowed}"
+            )
+    for field in (
+        "vocab_size",
+        "width",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_size",
+        "mlp_width",
+        "max_positions",
+    ):
         if getattr(config, field) < 1:
             raise ValueError(f"decoder {field} must be at least 1, got {getattr(config, field)}")
     if config.heads % config.kv_heads:

@@ -52,7 +52,9 @@ def with_induction_heads(
 
     embedding = np.zeros((config.vocab_size, config.width), np.float32)
     embedding[:, 1:half] = rng.normal(size=(config.vocab_size, half - 1)) * embedding_stddev
-    embedding[:, 0] = embedding_stddev * np.sqrt(half - 1)  # half of the norm, so that it survives the RMS norm
+    embedding[:, 0] = embedding_stddev * np.sqrt(
+        half - 1
+    )  # half of the norm, so that it survives the RMS norm
     params["embedding"] = embedding
 
     def kernels(layer: int):

@@ -1,0 +1,87 @@
+"""The same loop with a reward that is exact: completions of a wanted number of words. No reward model.
+
+It shows within a minute that the machinery works: the distance from the wanted length falls.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from experiments.stages.configs import EvaluationStage, PPOStage, SFTStage, Text
+from rlhfjax.config import PPO
+
+DESCRIPTION = "an exact reward, the number of words, to see the loop work within a minute"
+
+
+@dataclass(frozen=True)
+class Config:
+    words: int = 4
+    """Words wanted; the reward is -|words - this|."""
+    text: Text = field(default_factory=Text)
+    sft: SFTStage = field(default_factory=lambda: SFTStage(steps=60))
+    ppo: PPOStage = field(
+        default_factory=lambda: replace(
+            PPOStage(),
+            steps=20,
+            algorithm=PPO(kl_coefficient=0.1, epochs=1, minibatches=2, value_coefficient=0.1),
+        )
+    )
+    evaluation: EvaluationStage = field(
+        default_factory=lambda: EvaluationStage(prompts=128, best_of=(4,), temperatures=())
+    )
+
+
+def run(config: Config, folder) -> dict[str, float]:
+    """Runs all stages; returns the numbers of summary.json."""
+    import numpy as np
+
+    from experiments.stages import evaluation, finetune, policy, report, text
+    from rlhfjax.report import write_report
+    from rlhfjax.rewards import length_reward, word_table
+
+    loaded = text.open_text(config.text)
+    train = loaded.load("train")
+    sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed)
+    policy.check(config.ppo, len(rl_rows))
+    reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)
+
+    size = loaded.lm.config.vocab_size
+    words = length_reward(
+        float(config.words),
+        word_table([loaded.tokenizer.token_bytes(i) for i in range(loaded.tokenizer.vocab_size)], size),
+    )
+
+    def reward(params, branches):
+        return words(params, branches.completion_BGC, branches.completion_mask_BGC)
+
+    def gold(rows, texts):
+        del rows
+        return np.asarray([[-abs(len(x.split()) - config.words) for x in xs] for xs in texts], np.float64)
+
+    critic = policy.make_critic(reference, loaded.lm.config.width)
+    tuned = policy.optimise_policy(
+        config.ppo, loaded, reference, critic, reward, None, train, rl_rows, folder, gold=gold
+    )
+    examples = loaded.load(config.evaluation.split)
+    found = evaluation.evaluate_policies(
+        config.evaluation,
+        loaded,
+        reference,
+        {"ppo": tuned},
+        reward,
+        None,
+        gold,
+        folder,
+        temperature=config.ppo.temperature,
+    )
+    comparisons = evaluation.compare(found, config.ppo.temperature)
+    gold_name = f"-|words - {config.words}|"
+    write_report(
+        folder.path,
+        f"Completions of {config.words} words, seed {folder.seed}",
+        [
+            report.comparison_section(comparisons, gold_name),
+            report.policy_section(found, gold_name, config.evaluation.split, config.ppo.temperature),
+            report.policy_optimisation_section(folder, gold_name),
+            report.text_section(found, examples.prompts, examples.references, config.ppo.temperature),
+        ],
+    )
+    return report.summarise(found, comparisons)

@@ -1,0 +1,126 @@
+"""Settings of the stages. No jax here, so that `--help` answers at once."""
+
+from dataclasses import dataclass, field
+
+from rlhfjax.config import PPO, SFT, Optimizer, RewardModel
+
+
+@dataclass(frozen=True)
+class Text:
+    """Data, tokenizer and base model."""
+
+    data: str = "experiments/assets/debian_summaries.jsonl.gz"
+    """JSONL of pairs, relative to the checkout or absolute; each row has a split: train, validation or test."""
+    prompt_field: str = "document"
+    """Field of the rows that is the prompt."""
+    completion_field: str = "summary"
+    """Field of the rows that is the reference completion."""
+    base: str = "experiments/assets/base"
+    """Folder of the base model: config.json, model.safetensors, tokenizer.json."""
+    prompt_length: int = 64
+    """Most tokens of a prompt, separator included; longer pairs are left out, and counted."""
+    completion_length: int = 24
+    """Most tokens of a completion, end included; also the most that a policy may generate."""
+    sft_share: float = 0.5
+    """Share of the training rows that fine-tuning sees; preferences and prompts of PPO come from the rest."""
+
+
+@dataclass(frozen=True)
+class SFTStage:
+    """Supervised fine-tuning on packed rows."""
+
+    steps: int = 320
+    """Optimiser steps."""
+    rows: int = 16
+    """Packed rows in a step."""
+    length: int = 128
+    """Tokens in a row."""
+    prompt_weight: float = 0.3
+    """Loss weight of prompt tokens; completion tokens weigh 1."""
+    algorithm: SFT = field(default_factory=SFT)
+    optimizer: Optimizer = field(
+        default_factory=lambda: Optimizer(
+            learning_rate=2e-3, warmup_steps=20, b2=0.95, muon=True, muon_learning_rate=0.01
+        )
+    )
+
+
+@dataclass(frozen=True)
+class PreferenceStage:
+    """Samples of the fine-tuned policy, compared by a noisy gold scorer."""
+
+    prompts: int = 2560
+    """Prompts to sample for; the last `heldout` of them are never trained on."""
+    heldout: int = 512
+    """Prompts kept to measure the reward model."""
+    samples: int = 4
+    """Completions of each prompt; all their pairs are labelled."""
+    sampling_temperature: float = 0.7
+    """Temperature of the samples, that of the rollouts to come (0.7: arXiv 1909.08593, 2403.17031)."""
+    label_temperature: float = 0.05
+    """Noise of the labels, in units of gold score: P(first wins) = sigmoid(gold difference / this)."""
+
+
+@dataclass(frozen=True)
+class RewardStage:
+    """The reward model."""
+
+    steps: int = 64
+    """Optimiser steps."""
+    prompts: int = 32
+    """Prompts in a step, each with all pairs of its samples."""
+    pool: str = "mean"
+    """What the head reads: last (the final token) or mean (over the completion)."""
+    algorithm: RewardModel = field(default_factory=RewardModel)
+    optimizer: Optimizer = field(
+        default_factory=lambda: Optimizer(
+            learning_rate=1e-3, warmup_steps=8, b2=0.95, muon=True, muon_learning_rate=0.005
+        )
+    )
+
+
+@dataclass(frozen=True)
+class PPOStage:
+    """PPO against a reward on the device."""
+
+    steps: int = 45
+    """Iterations: rollout, reward, update."""
+    prompts: int = 32
+    """Prompts in an iteration."""
+    samples: int = 4
+    """Completions of each prompt."""
+    temperature: float = 0.7
+    """Temperature of the rollouts; policy, reference and behaviour share it (0.7: arXiv 1909.08593, 2403.17031)."""
+    missing_eos_penalty: float | None = -3.0
+    """Score of a completion that did not end, in place of its reward; none: its reward stays."""
+    shared_trunk: bool = False
+    """Whether the critic is a head on the policy, not a network of its own."""
+    algorithm: PPO = field(
+        default_factory=lambda: PPO(kl_coefficient=0.2, epochs=1, minibatches=2, value_coefficient=0.5)
+    )
+    optimizer: Optimizer = field(
+        default_factory=lambda: Optimizer(
+            learning_rate=1e-3,
+            warmup_steps=2,
+            b2=0.95,
+            muon=True,
+            muon_learning_rate=0.0025,
+            final_fraction=0.1,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationStage:
+    """Evaluation of all policies on the same prompts."""
+
+    split: str = "validation"
+    """validation or test. The test split is for the last word, not for choosing settings."""
+    prompts: int = 512
+    """Prompts, the first ones of the split that fit."""
+    batch: int = 32
+    """Prompts decoded at once."""
+    temperatures: tuple[float, ...] = (1.0, 0.5, 0.3)
+    """Temperatures at which policies are sampled, besides that of the rollouts and greedy decoding."""
+    best_of: tuple[int, ...] = (4, 16)
+    """Best-of-n by the reward: numbers of samples."""

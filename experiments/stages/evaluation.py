@@ -1,0 +1,234 @@
+"""All policies on the same prompts: gold score, reward, KL, length, and what each claim must be held against.
+
+Shapes: B prompts, G completions of each, C completion length.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.loop import run_once
+from experiments.stages.configs import EvaluationStage as Config
+from experiments.stages.preferences import sample_policy
+from experiments.stages.text import Examples, Text
+from rlhfjax.networks import Branches
+from rlhfjax.recipes import completion_logp
+from rlhfjax.report import Interval, bootstrap_interval, paired_difference_interval
+from rlhfjax.run_folder import RunFolder
+
+# gold(rows, texts [B][G]) -> [B, G]
+Gold = Callable[[np.ndarray, list[list[str]]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One way to write a completion, measured: an array per prompt for everything."""
+
+    name: str  # e.g. "sft, temperature 0.7"
+    group: str  # sft, best of n, ppo
+    gold: np.ndarray  # [B]
+    reward: np.ndarray  # [B]
+    kl: np.ndarray  # [B] nats; best-of-n: the same bound for all
+    kl_estimator: str
+    length: np.ndarray  # [B] tokens
+    finished: np.ndarray  # [B] 0 or 1
+    texts: list[str]
+
+    def interval(self, field: str) -> Interval:
+        """Mean over prompts with its bootstrap interval."""
+        return bootstrap_interval(getattr(self, field), 0)
+
+
+_ARRAYS = ("gold", "reward", "kl", "length", "finished")
+
+
+def evaluate_policies(
+    config: Config,
+    text: Text,
+    reference: dict,
+    policies: dict[str, dict],
+    reward: Callable[[Any, Branches], jax.Array],
+    reward_params: Any,
+    gold: Gold,
+    folder: RunFolder,
+    *,
+    temperature: float,
+    name: str = "evaluation",
+) -> list[Policy]:
+    """Measures the reference, best-of-n by the reward, and every policy of `policies`.
+
+    Each policy is decoded at `temperature` (that of the rollouts, at which KL and best-of-n are defined), at the
+    configured others and greedily, all in one pass per prompt batch.
+    """
+    examples = text.load(config.split)
+    rows = np.arange(min(config.prompts, len(examples)))
+    score = _scorer(text, reference, reward, reward_params, examples, config.batch, temperature)
+    others = [other for other in config.temperatures if other != temperature]
+    root = jax.random.fold_in(jax.random.key(folder.seed), 5)
+
+    def compute():
+        found = []
+        for number, (label, params) in enumerate({"sft": reference, **policies}.items()):
+            most = max(config.best_of, default=1) if label == "sft" else 1
+            temperatures = np.asarray([temperature] * most + [*others, 0.0], np.float32)
+            out = sample_policy(
+                text,
+                params,
+                examples,
+                rows,
+                jax.random.fold_in(root, number),
+                temperatures=temperatures,
+                batch=config.batch,
+            )
+            found += _measure(
+                label, out, temperatures, most, config.best_of, score(rows, out), text, rows, gold
+            )
+        metrics = {
+            f"{policy.name}/{field}": float(getattr(policy, field).mean())
+            for policy in found
+            for field in _ARRAYS
+        }
+        return _to_arrays(found), metrics, _sample_rows(found, examples)
+
+    return _from_arrays(run_once(name, folder=folder, compute=compute))
+
+
+def _scorer(text, reference, reward, reward_params, examples: Examples, batch: int, temperature: float):
+    """(rows, generation) -> (reward [B, G], log-probability under the reference [B, G]) on the host."""
+
+    @jax.jit
+    def run(reference, reward_params, branches: Branches):
+        logp = completion_logp(text.lm, reference, branches, temperature)
+        total = jax.numpy.where(branches.completion_mask_BGC, logp, 0.0).sum(axis=2)
+        return reward(reward_params, branches), total
+
+    def score(rows, out):
+        parts = []
+        for start in range(0, len(rows), batch):
+            index = np.resize(np.arange(start, min(start + batch, len(rows))), batch)
+            prompts = text.batch(examples, rows[index])
+            branches = Branches(
+                prompts.token_BP, prompts.mask_BP, out["token_BGC"][index], out["mask_BGC"][index]
+            )
+            keep = min(batch, len(rows) - start)
+            parts.append([x[:keep] for x in jax.device_get(run(reference, reward_params, branches))])
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+
+    return score
+
+
+def _measure(label, out, temperatures, most, best_of: Sequence[int], scores, text: Text, rows, gold: Gold):
+    """The policies of one generation: first sample at the rollouts' temperature, others, greedy, best of n."""
+    reward_BG, logp_ref_BG = scores
+    texts = text.decode(out["token_BGC"], out["mask_BGC"])
+    gold_BG = np.asarray(gold(rows, texts), np.float64)
+    logp_BG = out["logp_BGC"].sum(axis=2)
+    length_BG, finished_BG = out["mask_BGC"].sum(axis=2), out["finished_BG"]
+
+    def take(column_B, name, group, kl_B, estimator):
+        index = np.arange(len(rows)), column_B
+        return Policy(
+            f"{label}, {name}",
+            group,
+            gold_BG[index],
+            reward_BG[index].astype(np.float64),
+            np.asarray(kl_B, np.float64),
+            estimator,
+            length_BG[index].astype(np.float64),
+            finished_BG[index].astype(np.float64),
+            [texts[b][g] for b, g in zip(*index, strict=True)],
+        )
+
+    found = []
+    for g in (0, *range(most, len(temperatures))):
+        # A sampled completion gives k1, an unbiased estimate; a greedy one is certain, so that its KL from the
+        # reference is exactly -log reference (its own logp is kept as 0).
+        greedy = temperatures[g] == 0
+        found.append(
+            take(
+                np.full(len(rows), g),
+                "greedy" if greedy else f"temperature {temperatures[g]:g}",
+                label,
+                (logp_BG - logp_ref_BG)[:, g],
+                "exact, of a point mass" if greedy else "k1",
+            )
+        )
+    for n in best_of if label == "sft" else ():
+        bound = np.log(n) - (n - 1) / n
+        best = reward_BG[:, :n].argmax(axis=1)
+        found.append(
+            take(best, f"best of {n}", "best of n", np.full(len(rows), bound), "bound log n - (n-1)/n")
+        )
+    return found
+
+
+def _sample_rows(found: list[Policy], examples: Examples) -> list[dict[str, Any]]:
+    return [
+        {"prompt": examples.prompts[b], "reference": examples.references[b]}
+        | {policy.name: policy.texts[b] for policy in found}
+        for b in range(min(20, len(found[0].texts)))
+    ]
+
+
+def _to_arrays(found: list[Policy]) -> dict[str, np.ndarray]:
+    arrays = {field: np.stack([getattr(policy, field) for policy in found]) for field in _ARRAYS}
+    words = {field: np.asarray([getattr(policy, field) for policy in found]) for field in ("name", "group")}
+    words["kl_estimator"] = np.asarray([policy.kl_estimator for policy in found])
+    return arrays | words | {"texts": np.asarray([policy.texts for policy in found])}
+
+
+def _from_arrays(arrays: dict[str, np.ndarray]) -> list[Policy]:
+    return [
+        Policy(
+            name=str(arrays["name"][i]),
+            group=str(arrays["group"][i]),
+            kl_estimator=str(arrays["kl_estimator"][i]),
+            texts=[str(x) for x in arrays["texts"][i]],
+            **{field: arrays[field][i] for field in _ARRAYS},
+        )
+        for i in range(len(arrays["name"]))
+    ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A claim and what it is held against: the mean difference in gold over the same prompts."""
+
+    claim: str
+    difference: Interval
+
+    @property
+    def holds(self) -> bool:
+        """Whether the whole interval lies above zero."""
+        return self.difference.low > 0
+
+
+def compare(found: list[Policy], temperature: float, treated: str = "ppo") -> list[Comparison]:
+    """The controls beside every claim: same temperature, best temperature of each, greedy, best-of-n at equal KL."""
+    by_name = {policy.name: policy for policy in found}
+    sampled, greedy = by_name[f"{treated}, temperature {temperature:g}"], by_name[f"{treated}, greedy"]
+    base = [policy for policy in found if policy.group == "sft" and policy.name != "sft, greedy"]
+    own = [policy for policy in found if policy.group == treated and policy.name != f"{treated}, greedy"]
+    best_base, best_own = (max(group, key=lambda policy: policy.gold.mean()) for group in (base, own))
+    pairs = [
+        (sampled, by_name[f"sft, temperature {temperature:g}"]),
+        (sampled, best_base),
+        (best_own, best_base),
+        (sampled, by_name["sft, greedy"]),
+        (greedy, by_name["sft, greedy"]),
+    ]
+    bests = [policy for policy in found if policy.group == "best of n"]
+    if bests:
+        price = sampled.kl.mean()
+        pairs.append((sampled, min(bests, key=lambda policy: abs(policy.kl.mean() - price))))
+    unique = dict.fromkeys((left.name, right.name) for left, right in pairs)
+    return [
+        Comparison(
+            f"{left} against {right}",
+            paired_difference_interval(by_name[left].gold, by_name[right].gold, 0),
+        )
+        for left, right in unique
+    ]

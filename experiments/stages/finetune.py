@@ -1,0 +1,52 @@
+"""Supervised fine-tuning on packed rows of prompt and completion."""
+
+import jax
+import numpy as np
+
+from experiments.loop import Show, run_stage
+from experiments.stages.configs import SFTStage as Config
+from experiments.stages.text import Examples, Text
+from rlhfjax.algorithms import make_optimizer, sft
+from rlhfjax.data import batch_indices, pack
+from rlhfjax.recipes import PackedInputs, packed_logp
+from rlhfjax.run_folder import RunFolder
+
+
+def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, folder: RunFolder) -> dict:
+    """Fine-tunes the base model on the examples numbered `rows`; returns the parameters."""
+    encoded = examples.encoded
+    packed = pack(
+        [encoded.prompts[i] for i in rows],
+        [encoded.completions[i] for i in rows],
+        length=config.length,
+        pad_id=text.tokenizer.pad_id,
+    )
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    algorithm = sft.make(packed_logp(text.lm), optimizer, config.algorithm)
+    update = jax.jit(algorithm.update, donate_argnums=0)
+    key = jax.random.fold_in(jax.random.key(folder.seed), 1)
+
+    def batch(step: int) -> sft.Batch:
+        index = batch_indices(folder.seed, step, config.rows, len(packed.token_RT))
+        token = packed.token_RT[index]
+        weight = packed.completion_RT[index] + config.prompt_weight * packed.prompt_RT[index]
+        inputs = PackedInputs(
+            token[:, :-1], token[:, 1:], packed.position_RT[index], packed.segment_RT[index]
+        )
+        return sft.Batch(inputs, weight.astype(np.float32))
+
+    def step(state, batch, i):
+        state, metrics = update(state, batch, jax.random.fold_in(key, i))
+        return state, metrics | {"perf/trained_tokens": np.float32(config.rows * config.length)}
+
+    state = run_stage(
+        "sft",
+        folder=folder,
+        # Copied: the state is donated to the update, and the base must outlive it.
+        init=lambda: jax.jit(algorithm.init)(text.base),
+        step=step,
+        batch=batch,
+        steps=config.steps,
+        show=Show(columns={"loss/nll": "loss"}),
+    )
+    return state.params

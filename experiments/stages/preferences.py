@@ -1,0 +1,145 @@
+"""Samples of the fine-tuned policy, and a noisy judge's preferences among them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from experiments.loop import run_once
+from experiments.stages.configs import PreferenceStage as Config
+from experiments.stages.text import Examples, Text
+from rlhfjax.data import Preferences, accuracy_ceiling, draw_preferences, same_pairs
+from rlhfjax.generation import Sampling, generate, sample_keys
+from rlhfjax.networks import Branches
+from rlhfjax.recipes import Prompts
+from rlhfjax.rewards import rouge_l
+from rlhfjax.run_folder import RunFolder
+
+BATCH = 64  # prompts decoded at once
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Completions of prompts with their gold scores and the labels drawn from them."""
+
+    token_BGC: np.ndarray
+    mask_BGC: np.ndarray
+    row_B: np.ndarray  # the prompts' row numbers
+    gold_BG: np.ndarray
+    preferences: Preferences
+    heldout: int
+
+    @property
+    def trained(self) -> int:
+        """Prompts that the reward model learns from: the first ones."""
+        return len(self.row_B) - self.heldout
+
+
+def sample_policy(
+    text: Text,
+    params: dict,
+    examples: Examples,
+    rows: np.ndarray,
+    key: jax.Array,
+    *,
+    temperatures: np.ndarray,
+    batch: int = BATCH,
+) -> dict[str, np.ndarray]:
+    """One completion per prompt and temperature, [B, G]: the arrays of `Generation`, on the host."""
+    samples = len(temperatures)
+
+    @jax.jit
+    def run(params, prompts: Prompts, key):
+        return generate(
+            text.lm,
+            params,
+            prompts.token_BP,
+            prompts.mask_BP,
+            sample_keys(key, prompts.index_B, samples),
+            max_new_tokens=text.config.completion_length,
+            stop_tokens=text.stop_tokens,
+            sampling=Sampling(np.tile(np.asarray(temperatures, np.float32), batch)),
+        )
+
+    parts = []
+    for start in range(0, len(rows), batch):
+        index = rows[start : start + batch]
+        padded = np.resize(index, batch)  # the last batch is filled up, so that nothing compiles twice
+        out = jax.device_get(run(params, text.batch(examples, padded), key))
+        parts.append({name: x[: len(index)] for name, x in out._asdict().items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def gold_scores(
+    text: Text, examples: Examples, rows: np.ndarray, out: Mapping[str, np.ndarray]
+) -> tuple[list[list[str]], np.ndarray]:
+    """Texts of completions and their ROUGE-L against the real summaries, [B, G] float64."""
+    texts = text.decode(out["token_BGC"], out["mask_BGC"])
+    gold = [
+        [rouge_l(completion, examples.references[row]) for completion in completions]
+        for row, completions in zip(rows, texts, strict=True)
+    ]
+    return texts, np.asarray(gold)
+
+
+def check(config: Config, available: int) -> None:
+    """Raises ValueError where `available` prompts are too few, or one part of them is empty."""
+    if not 0 < config.heldout < config.prompts or config.prompts > available:
+        raise ValueError(
+            f"preferences ask for {config.prompts} prompts, {config.heldout} of them held out; there are "
+            f"{available} to draw from, and both parts need at least one"
+        )
+
+
+def collect_preferences(
+    config: Config, text: Text, policy: dict, examples: Examples, rows: np.ndarray, folder: RunFolder
+) -> Judged:
+    """Samples the policy on the first prompts of `rows` and draws a label for every pair of samples."""
+    check(config, len(rows))
+    rows = rows[: config.prompts]
+
+    def compute():
+        key = jax.random.fold_in(jax.random.key(folder.seed), 2)
+        temperatures = np.full(config.samples, config.sampling_temperature)
+        out = sample_policy(text, policy, examples, rows, key, temperatures=temperatures)
+        texts, gold = gold_scores(text, examples, rows, out)
+        preferences = draw_preferences(
+            gold, temperature=config.label_temperature, seed=folder.seed, same_BK=same_pairs(texts)
+        )
+        arrays = {"token": out["token_BGC"], "mask": out["mask_BGC"], "gold": gold}
+        arrays |= {"label": preferences.label_BK, "counts": preferences.mask_BK}
+        arrays |= {"probability": preferences.probability_BK}
+        metrics = {
+            "gold/mean": float(gold.mean()),
+            "pairs": int(preferences.mask_BK.sum()),
+            "pair/accuracy_ceiling": accuracy_ceiling(preferences),
+            "completions/finished": float(out["finished_BG"].mean()),
+        }
+        samples = [
+            {
+                "prompt": examples.prompts[rows[i]],
+                "reference": examples.references[rows[i]],
+                "completion": texts[i][0],
+                "gold": float(gold[i, 0]),
+            }
+            for i in range(min(16, len(rows)))
+        ]
+        return arrays, metrics, samples
+
+    stored = run_once("preferences", folder=folder, compute=compute)
+    first, second = np.triu_indices(config.samples, k=1)
+    preferences = Preferences(
+        first.astype(np.int32),
+        second.astype(np.int32),
+        stored["label"],
+        stored["counts"],
+        stored["probability"],
+    )
+    return Judged(stored["token"], stored["mask"], rows, stored["gold"], preferences, config.heldout)
+
+
+def branches_of(text: Text, examples: Examples, judged: Judged, index: np.ndarray) -> Branches:
+    """Prompts and completions at `index` of the judged ones."""
+    prompts = text.batch(examples, judged.row_B[index])
+    return Branches(prompts.token_BP, prompts.mask_BP, judged.token_BGC[index], judged.mask_BGC[index])

@@ -1,0 +1,221 @@
+"""What a run says at its end: figures, report.md, and the numbers of summary.json."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.stages.evaluation import Comparison, Policy
+from experiments.stages.reward import Learned
+from rlhfjax.figures import (
+    EvaluatedPolicy,
+    Panel,
+    plot_calibration,
+    plot_gold_against_kl,
+    plot_overoptimisation,
+    plot_panels,
+)
+from rlhfjax.report import (
+    Interval,
+    Section,
+    Table,
+    bootstrap_interval,
+    calibration,
+    calibration_error,
+)
+from rlhfjax.run_folder import RunFolder
+
+GROUPS = 10  # points along PPO in the over-optimisation figure
+
+
+def policy_section(found: Sequence[Policy], gold_name: str, split: str, temperature: float) -> Section:
+    """The table of all policies."""
+    header = ["policy", gold_name, "reward", "KL (nats)", "KL by", "tokens", "ended"]
+    rows = [
+        [
+            policy.name,
+            policy.interval("gold"),
+            policy.interval("reward"),
+            f"{policy.kl.mean():.2f}" if policy.group == "best of n" else policy.interval("kl"),
+            policy.kl_estimator,
+            policy.interval("length"),
+            policy.interval("finished"),
+        ]
+        for policy in found
+    ]
+    text = (
+        f"Each policy on the same {len(found[0].gold)} prompts of the {split} split, one completion a prompt; 95 % "
+        f"bootstrap intervals over prompts. KL is from the fine-tuned policy at the temperature of the rollouts, {temperature:g}."
+    )
+    return Section("All policies, same prompts", text, Table(header, rows))
+
+
+def comparison_section(comparisons: Sequence[Comparison], gold_name: str) -> Section:
+    """The claims and their controls."""
+    rows = [[item.claim, item.difference, "yes" if item.holds else "no"] for item in comparisons]
+    return Section(
+        "What survives its control",
+        f"Paired differences in {gold_name} over the same prompts. A claim holds where the whole interval lies "
+        "above 0.",
+        Table(["claim", "difference", "holds"], rows),
+    )
+
+
+def text_section(
+    found: Sequence[Policy],
+    prompts: Sequence[str],
+    references: Sequence[str],
+    temperature: float,
+    number: int = 12,
+) -> Section:
+    """Sampled texts before and after, with what the data has."""
+    by_name = {policy.name: policy for policy in found}
+    shown = [name for name in by_name if name.endswith((f", temperature {temperature:g}", ", greedy"))]
+    rows = [
+        [prompts[b], references[b], *(by_name[name].texts[b] for name in shown)]
+        for b in range(min(number, len(found[0].texts)))
+    ]
+    return Section("Texts before and after", "", Table(["prompt", "reference", *shown], rows))
+
+
+def verdict(metrics: Sequence[dict[str, float]], gold_name: str) -> str:
+    """In words, whether the learned reward and gold went the same way along PPO: first, best and last tenth."""
+    part = max(1, len(metrics) // GROUPS)
+    reward, gold = (
+        np.array([np.mean([m[name] for m in metrics[i : i + part]]) for i in range(0, len(metrics), part)])
+        for name in ("objective/score", "gold")
+    )
+    spread = np.std([m["gold"] for m in metrics[-part * 2 :]]) / np.sqrt(part)
+    lines = [
+        f"The reward went from {reward[0]:.2f} to {reward[-1]:.2f}, {gold_name} from {gold[0]:.3f} to {gold[-1]:.3f} "
+        f"(highest {gold.max():.3f})."
+    ]
+    if reward[-1] > reward[0] and gold[-1] < gold[0] - 2 * spread:
+        lines.append(
+            f"**Over-optimisation: the learned reward rose and {gold_name} fell.** The policy exploits the reward "
+            "model. Raise kl_coefficient, stop earlier, or train the reward model on more pairs."
+        )
+    elif reward[-1] > reward[0] and gold[-1] < gold.max() - 4 * spread:
+        lines.append(
+            f"**{gold_name} has passed its peak** while the learned reward still rose: the beginning of "
+            "over-optimisation."
+        )
+    return " ".join(lines)
+
+
+def policy_optimisation_section(folder: RunFolder, gold_name: str, stage: str = "ppo") -> Section:
+    """PPO's curves, and reward against gold along it."""
+    metrics = folder.metrics(stage)
+    step = [m["step"] for m in metrics]
+
+    def panel(label: str, name: str, title: str) -> Panel:
+        return Panel(label, {"": (step, [m[name] for m in metrics])}, title=title)
+
+    curves = plot_panels(
+        _figures(folder) / f"{stage}.png",
+        [
+            panel("reward", "objective/score", "Reward of the samples"),
+            panel(gold_name, "gold", "Gold score of the samples"),
+            panel("nats per completion", "objective/kl", "KL from the reference"),
+            panel("nats per token", "policy/entropy", "Entropy"),
+            panel("tokens", "completions/mean_length", "Length"),
+            panel("share", "policy/clip_fraction", "Clipped actions"),
+        ],
+    )
+    groups = np.array_split(np.arange(len(metrics)), min(GROUPS, len(metrics)))
+
+    def grouped(name: str) -> list[Interval]:
+        return [bootstrap_interval([metrics[i][name] for i in group], 0) for group in groups]
+
+    figure = plot_overoptimisation(
+        _figures(folder) / f"{stage}_reward_and_gold.png",
+        [float(np.mean([metrics[i]["objective/kl"] for i in group])) for group in groups],
+        grouped("objective/score"),
+        grouped("gold"),
+        learned_label="reward",
+        gold_label=gold_name,
+    )
+    gap = max(m["policy/logp_gap"] for m in metrics)
+    text = verdict(metrics, gold_name) + (
+        f" The largest gap between a log-probability kept while decoding and that of the training forward: {gap:.1e}."
+    )
+    return Section(
+        "Policy optimisation",
+        text,
+        figures=[
+            (curves, "PPO, a point an iteration"),
+            (figure, "Reward and gold along PPO, in tenths of the run"),
+        ],
+    )
+
+
+def reward_model_section(learned: Learned, measured: dict[str, float], folder: RunFolder) -> Section:
+    """Held-out accuracy beside what the label noise allows, and calibration."""
+    bins = calibration(learned.probability, learned.outcome)
+    accuracy, ceiling = measured["heldout/accuracy"], measured["heldout/accuracy_ceiling"]
+    figure = plot_calibration(
+        _figures(folder) / "reward_model_calibration.png",
+        bins,
+        note=f"accuracy {accuracy:.3f} of at most {ceiling:.3f}, calibration error {calibration_error(bins):.3f}",
+        event="the first of the pair wins",
+    )
+    text = (
+        f"On {len(learned.outcome)} held-out pairs the reward model agrees with {accuracy:.1%} of the labels; the best "
+        f"guesser could agree with {ceiling:.1%}, since the labels are drawn with noise. Its correlation with the gold "
+        f"score is {measured['heldout/correlation']:.2f}, and within the samples of one prompt "
+        f"{measured['heldout/correlation_within_prompt']:.2f}."
+    )
+    curves = _loss_curves(folder)
+    return Section(
+        "Fine-tuning and reward model", text, figures=[(curves, "Losses"), (figure, "Calibration")]
+    )
+
+
+def _loss_curves(folder: RunFolder) -> Path:
+    sft, reward = folder.metrics("sft"), folder.metrics("reward_model")
+
+    def curve(rows: list[dict[str, float]], name: str):
+        return {"": ([row["step"] for row in rows], [row[name] for row in rows])}
+
+    return plot_panels(
+        _figures(folder) / "losses.png",
+        [
+            Panel("nats per token", curve(sft, "loss/nll"), title="Fine-tuning loss"),
+            Panel("nats per pair", curve(reward, "loss/preference"), title="Reward-model loss"),
+            Panel("share", curve(reward, "pair/accuracy"), title="Reward-model accuracy, training pairs"),
+        ],
+    )
+
+
+def frontier_section(found: Sequence[Policy], folder: RunFolder, gold_name: str) -> Section:
+    """Gold against KL."""
+    points = [
+        EvaluatedPolicy(policy.name, policy.group, float(policy.kl.mean()), policy.interval("gold"))
+        for policy in found
+        if "greedy" not in policy.name
+    ]
+    figure = plot_gold_against_kl(_figures(folder) / "gold_against_kl.png", points, gold_label=gold_name)
+    return Section(
+        "What was gained, and its price",
+        "Greedy decoding is left out: its KL is that of a point mass and dwarfs the rest.",
+        figures=[(figure, f"{gold_name} against KL from the fine-tuned policy")],
+    )
+
+
+def summarise(found: Sequence[Policy], comparisons: Sequence[Comparison]) -> dict[str, float]:
+    """Flat names and numbers for summary.json."""
+    summary = {}
+    for policy in found:
+        for field in ("gold", "reward", "kl", "length", "finished"):
+            summary[f"{policy.name}/{field}"] = float(getattr(policy, field).mean())
+        summary[f"{policy.name}/gold_low"], summary[f"{policy.name}/gold_high"] = policy.interval("gold")[1:]
+    for item in comparisons:
+        for name, value in item.difference._asdict().items():
+            summary[f"{item.claim}/{name}"] = float(value)
+    return summary
+
+
+def _figures(folder: RunFolder) -> Path:
+    path = folder.path / "figures"
+    path.mkdir(exist_ok=True)
+    return path

@@ -1,0 +1,120 @@
+"""The reward model: learnt from preferences, normalised on the reference's samples, measured on held-out ones."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.loop import Show, run_once, run_stage
+from experiments.stages.configs import RewardStage as Config
+from experiments.stages.preferences import BATCH, Judged, branches_of
+from experiments.stages.text import Examples, Text
+from rlhfjax.algorithms import make_optimizer, reward_model
+from rlhfjax.algorithms.algorithm import check_divisible
+from rlhfjax.data import accuracy_ceiling, batch_indices
+from rlhfjax.recipes import init_reward_model, make_reward_model
+from rlhfjax.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A reward model and what it does on held-out pairs."""
+
+    params: dict
+    probability: np.ndarray  # predicted chance that the first of a pair wins, held-out pairs that count
+    outcome: np.ndarray  # bool, whether it did
+
+
+def check(config: Config, available: int) -> None:
+    """Raises ValueError where the batch cannot be drawn or cut, or the optimiser contradicts the steps."""
+    check_divisible(config.prompts, config.algorithm.microbatches)
+    if config.prompts > available:
+        raise ValueError(
+            f"the reward model asks for {config.prompts} prompts a step; preferences leave {available} to train on"
+        )
+    make_optimizer(config.optimizer, config.steps)
+
+
+def train_reward_model(
+    config: Config, text: Text, policy: dict, examples: Examples, judged: Judged, folder: RunFolder
+) -> Learned:
+    """Trains on the first prompts of `judged`, then normalises and measures."""
+    evaluate = make_reward_model(text.lm, pool=config.pool)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    algorithm = reward_model.make(evaluate, optimizer, config.algorithm)
+    update = jax.jit(algorithm.update, donate_argnums=0)
+    key_init, key_update = jax.random.split(jax.random.fold_in(jax.random.key(folder.seed), 3))
+    pairs = judged.preferences
+
+    def init():
+        return algorithm.init(
+            jax.tree.map(jnp.array, init_reward_model(key_init, policy, text.lm.config.width))
+        )
+
+    def batch(step: int) -> reward_model.Preference:
+        index = batch_indices(folder.seed, step, config.prompts, judged.trained)
+        inputs = branches_of(text, examples, judged, index)
+        return reward_model.Preference(
+            inputs, pairs.first_K, pairs.second_K, pairs.label_BK[index], pairs.mask_BK[index]
+        )
+
+    tokens = config.prompts * (text.config.prompt_length + judged.token_BGC[0].size)
+
+    def step(state, batch, i):
+        state, metrics = update(state, batch, jax.random.fold_in(key_update, i))
+        return state, metrics | {"perf/trained_tokens": np.float32(tokens)}
+
+    state = run_stage(
+        "reward_model",
+        folder=folder,
+        init=init,
+        step=step,
+        batch=batch,
+        steps=config.steps,
+        show=Show(columns={"loss/preference": "loss", "pair/accuracy": "accuracy", "score/std": "score std"}),
+    )
+    return _measure(text, jax.jit(evaluate), state.params, examples, judged, folder)
+
+
+def _measure(text, evaluate, params, examples, judged, folder) -> Learned:
+    def compute():
+        chunks = [np.arange(i, min(i + BATCH, len(judged.row_B))) for i in range(0, len(judged.row_B), BATCH)]
+        score = np.concatenate(
+            [
+                # The last chunk is filled up, so that nothing compiles twice.
+                jax.device_get(
+                    evaluate(params, branches_of(text, examples, judged, np.resize(index, BATCH)))
+                )[: len(index)]
+                for index in chunks
+            ]
+        )
+        gain, bias = reward_model.normalisation(jnp.asarray(score[: judged.trained]))
+        heldout = slice(judged.trained, None)
+        pairs, gold = judged.preferences, judged.gold_BG[heldout]
+        counts = pairs.mask_BK[heldout]
+        margin = (score[heldout][:, pairs.first_K] - score[heldout][:, pairs.second_K])[counts]
+        outcome = pairs.label_BK[heldout][counts] == 1.0
+        kept = pairs._replace(mask_BK=counts, probability_BK=pairs.probability_BK[heldout])
+        metrics = {
+            "heldout/accuracy": float(np.mean((margin > 0) == outcome)),
+            "heldout/accuracy_ceiling": accuracy_ceiling(kept),
+            "heldout/correlation": float(np.corrcoef(score[heldout].ravel(), gold.ravel())[0, 1]),
+            "heldout/correlation_within_prompt": _within_prompt(score[heldout], gold),
+            "heldout/best_of_samples_gold": float(
+                gold[np.arange(len(gold)), score[heldout].argmax(1)].mean()
+            ),
+            "heldout/mean_gold": float(gold.mean()),
+        }
+        arrays = {"probability": 1.0 / (1.0 + np.exp(-margin.astype(np.float64))), "outcome": outcome}
+        return arrays | {"gain": np.asarray(gain), "bias": np.asarray(bias)}, metrics, []
+
+    stored = run_once("reward_model_heldout", folder=folder, compute=compute)
+    params = params | {"gain": jnp.asarray(stored["gain"]), "bias": jnp.asarray(stored["bias"])}
+    return Learned(params, stored["probability"], stored["outcome"])
+
+
+def _within_prompt(score_BG: np.ndarray, gold_BG: np.ndarray) -> float:
+    """Correlation of score and gold once each prompt's mean is taken off: what choosing among samples needs."""
+    score, gold = (x - x.mean(axis=1, keepdims=True) for x in (score_BG, gold_BG))
+    return float((score * gold).sum() / np.sqrt((score**2).sum() * (gold**2).sum() + 1e-12))
