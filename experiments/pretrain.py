@@ -47,6 +47,7 @@ def run(config: Config, folder) -> dict[str, float]:
     import dataclasses
 
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from experiments.assets import asset
@@ -90,8 +91,9 @@ def run(config: Config, folder) -> dict[str, float]:
             for _ in range(config.rows)
         ]
         token, segment, position = (np.stack(column).astype(np.int32) for column in zip(*rows, strict=True))
-        inputs = PackedInputs(token[:, :-1], token[:, 1:], position[:, :-1], segment[:, :-1])
-        return sft.Batch(inputs, (segment[:, 1:] == segment[:, :-1]).astype(np.float32))
+        parts = token[:, :-1], token[:, 1:], position[:, :-1], segment[:, :-1]
+        inputs = PackedInputs(*map(jnp.asarray, parts))
+        return sft.Batch(inputs, jnp.asarray(segment[:, 1:] == segment[:, :-1], jnp.float32))
 
     state = run_stage(
         "pretrain",

@@ -156,9 +156,9 @@ def test_greedy_equals_argmax_of_the_forward():
 
 def test_changing_the_sampling_compiles_nothing():
     run(PROMPT, MASK, keys(), default())
-    compiled = run._cache_size()
+    compiled = run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
     run(PROMPT, MASK, keys(), default(0.5, 3, 0.9, 0.1))
-    assert run._cache_size() == compiled
+    assert run._cache_size() == compiled  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_too_long_is_refused():

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on packed rows of prompt and completion."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.loop import Show, run_stage
@@ -30,10 +31,8 @@ def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, f
         index = batch_indices(folder.seed, step, config.rows, len(packed.token_RT))
         token = packed.token_RT[index]
         weight = packed.completion_RT[index] + config.prompt_weight * packed.prompt_RT[index]
-        inputs = PackedInputs(
-            token[:, :-1], token[:, 1:], packed.position_RT[index], packed.segment_RT[index]
-        )
-        return sft.Batch(inputs, weight.astype(np.float32))
+        parts = token[:, :-1], token[:, 1:], packed.position_RT[index], packed.segment_RT[index]
+        return sft.Batch(PackedInputs(*map(jnp.asarray, parts)), jnp.asarray(weight, jnp.float32))
 
     def step(state, batch, i):
         state, metrics = update(state, batch, jax.random.fold_in(key, i))

@@ -104,7 +104,7 @@ def optimise_policy(
 
     def score_texts(experience: tuple[np.ndarray, Experience]):
         index, (branches, _, _) = experience
-        texts = text.decode(branches.completion_BGC, branches.completion_mask_BGC)
+        texts = text.decode(*map(np.asarray, branches[2:]))
         return texts, np.asarray(gold(index, texts))
 
     def measure(i: int, experience) -> dict[str, float]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.loop import run_once
@@ -59,7 +60,7 @@ def sample_policy(
             sample_keys(key, prompts.index_B, samples),
             max_new_tokens=text.config.completion_length,
             stop_tokens=text.stop_tokens,
-            sampling=Sampling(np.tile(np.asarray(temperatures, np.float32), batch)),
+            sampling=Sampling(jnp.tile(jnp.asarray(temperatures, jnp.float32), batch)),
         )
 
     parts = []
@@ -142,4 +143,5 @@ def collect_preferences(
 def branches_of(text: Text, examples: Examples, judged: Judged, index: np.ndarray) -> Branches:
     """Prompts and completions at `index` of the judged ones."""
     prompts = text.batch(examples, judged.row_B[index])
-    return Branches(prompts.token_BP, prompts.mask_BP, judged.token_BGC[index], judged.mask_BGC[index])
+    completions = judged.token_BGC[index], judged.mask_BGC[index]
+    return Branches(*prompts[:2], *map(jnp.asarray, completions))

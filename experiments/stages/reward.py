@@ -55,9 +55,8 @@ def train_reward_model(
     def batch(step: int) -> reward_model.Preference:
         index = batch_indices(folder.seed, step, config.prompts, judged.trained)
         inputs = branches_of(text, examples, judged, index)
-        return reward_model.Preference(
-            inputs, pairs.first_K, pairs.second_K, pairs.label_BK[index], pairs.mask_BK[index]
-        )
+        parts = pairs.first_K, pairs.second_K, pairs.label_BK[index], pairs.mask_BK[index]
+        return reward_model.Preference(inputs, *map(jnp.asarray, parts))
 
     tokens = config.prompts * (text.config.prompt_length + judged.token_BGC[0].size)
 

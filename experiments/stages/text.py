@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.assets import asset
@@ -60,7 +61,7 @@ class Text:
         """The prompts at `index`, padded."""
         ids = [examples.encoded.prompts[i] for i in index]
         token, mask = pad_prompts(ids, self.config.prompt_length, self.tokenizer.pad_id)
-        return Prompts(token, mask, np.asarray(index, np.int32))
+        return Prompts(jnp.asarray(token), jnp.asarray(mask), jnp.asarray(index, jnp.int32))
 
     def decode(self, token_BGC: np.ndarray, mask_BGC: np.ndarray) -> list[list[str]]:
         """Texts of completions, [B][G]; the stop token is left out."""

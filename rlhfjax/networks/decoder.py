@@ -8,7 +8,7 @@ K head size.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -48,7 +48,7 @@ class LanguageModel(NamedTuple):
 
     config: Config
     init: Callable[..., dict]
-    apply: Callable[..., tuple[jax.Array, Cache | None]]
+    apply: Callable[..., tuple[jax.Array, Any]]
     embedding: Callable[[dict], jax.Array]
     logits: Callable[[dict, jax.Array], jax.Array]
     init_cache: Callable[[int, int], Cache]
@@ -222,13 +222,15 @@ def decoder(config: Config) -> LanguageModel:
 
     def init(key: jax.Array) -> dict:
         one = jnp.zeros((1, 1), jnp.int32)
-        return module.init(key, one, one, jnp.ones((1, 1, 1), bool), None, 0)["params"]
+        variables: Any = module.init(key, one, one, jnp.ones((1, 1, 1), bool), None, 0)
+        return variables["params"]
 
     def apply(params, token_BT, *, position_BT, mask_BTS, cache=None, slot=0):
         chex.assert_rank([token_BT, position_BT, mask_BTS], [2, 2, 3])
         chex.assert_type([token_BT, position_BT, mask_BTS], [int, int, bool])
         chex.assert_equal_shape([token_BT, position_BT])
-        return module.apply({"params": params}, token_BT, position_BT, mask_BTS, cache, slot)
+        out: Any = module.apply({"params": params}, token_BT, position_BT, mask_BTS, cache, slot)
+        return out
 
     def embedding(params: dict) -> jax.Array:
         return params["embedding" if config.tie_embeddings else "unembedding"]
