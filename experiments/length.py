@@ -60,7 +60,6 @@ def run(config: Config, folder) -> dict[str, float]:
     tuned = policy.optimise_policy(
         config.ppo, loaded, reference, critic, reward, None, train, rl_rows, folder, gold=gold
     )
-    examples = loaded.load(config.evaluation.split)
     found = evaluation.evaluate_policies(
         config.evaluation,
         loaded,
@@ -68,7 +67,7 @@ def run(config: Config, folder) -> dict[str, float]:
         {"ppo": tuned},
         reward,
         None,
-        gold,
+        lambda examples: gold,
         folder,
         temperature=config.ppo.temperature,
     )
@@ -78,10 +77,11 @@ def run(config: Config, folder) -> dict[str, float]:
         folder.path,
         f"Completions of {config.words} words, seed {folder.seed}",
         [
-            report.comparison_section(comparisons, gold_name),
-            report.policy_section(found, gold_name, config.evaluation.split, config.ppo.temperature),
+            *report.result_sections(
+                {"validation": found}, {"validation": comparisons}, gold_name, config.ppo.temperature
+            ),
             report.policy_optimisation_section(folder, gold_name),
-            report.text_section(found, examples.prompts, examples.references, config.ppo.temperature),
+            report.text_section(found, loaded.load("validation"), config.ppo.temperature),
         ],
     )
-    return report.summarise(found, comparisons)
+    return report.summarise(found, comparisons, "validation")

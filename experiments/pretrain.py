@@ -73,6 +73,11 @@ def run(config: Config, folder) -> dict[str, float]:
         tokenizer.save(model / "tokenizer.json")
     documents = [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch([r["document"] for r in train])]
     documents = [ids for ids in documents if len(ids) >= 8]
+    if not documents or config.length < 50:
+        raise ValueError(
+            f"{config.data}: {len(documents)} training documents of 8 tokens or more, length {config.length}; "
+            "at least one is needed, and a length of at least 50"
+        )
     shape = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size)
     lm = decoder(shape)
     algorithm = sft.make(packed_logp(lm), make_optimizer(config.optimizer, config.steps), SFT())

@@ -64,33 +64,34 @@ def run(config: Config, folder) -> dict[str, float]:
         folder,
         gold=gold_of(train),
     )
-    examples = loaded.load(config.evaluation.split)
-    found = evaluation.evaluate_policies(
-        config.evaluation,
-        loaded,
-        reference,
-        {"ppo": tuned},
-        score,
-        learned.params,
-        gold_of(examples),
-        folder,
-        temperature=config.ppo.temperature,
-    )
-    comparisons = evaluation.compare(found, config.ppo.temperature)
+    found, comparisons, summary = {}, {}, {}
+    for split in ("validation", "test") if config.evaluation.test else ("validation",):
+        found[split] = evaluation.evaluate_policies(
+            config.evaluation,
+            loaded,
+            reference,
+            {"ppo": tuned},
+            score,
+            learned.params,
+            gold_of,
+            folder,
+            temperature=config.ppo.temperature,
+            split=split,
+        )
+        comparisons[split] = evaluation.compare(found[split], config.ppo.temperature)
+        summary |= report.summarise(found[split], comparisons[split], split)
     gold_name = "ROUGE-L"
     write_report(
         folder.path,
         f"Summaries of software descriptions, seed {folder.seed}",
         [
-            report.comparison_section(comparisons, gold_name),
-            report.policy_section(found, gold_name, config.evaluation.split, config.ppo.temperature),
-            report.frontier_section(found, folder, gold_name),
+            *report.result_sections(found, comparisons, gold_name, config.ppo.temperature),
+            report.frontier_section(found["validation"], folder, gold_name),
             report.policy_optimisation_section(folder, gold_name),
             report.reward_model_section(learned, measured, folder),
-            report.text_section(found, examples.prompts, examples.references, config.ppo.temperature),
+            report.text_section(found["validation"], loaded.load("validation"), config.ppo.temperature),
         ],
     )
-    summary = report.summarise(found, comparisons)
     return summary | {
         f"reward_model/{name}": value for name, value in measured.items() if name[:7] == "heldout"
     }

@@ -114,8 +114,8 @@ class PPOStage:
 class EvaluationStage:
     """Evaluation of all policies on the same prompts."""
 
-    split: str = "validation"
-    """validation or test. The test split is for the last word, not for choosing settings."""
+    test: bool = False
+    """Whether the test split is evaluated too. It is for the last word, never for choosing settings."""
     prompts: int = 512
     """Prompts, the first ones of the split that fit."""
     batch: int = 32

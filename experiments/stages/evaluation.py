@@ -52,18 +52,18 @@ def evaluate_policies(
     policies: dict[str, dict],
     reward: Callable[[Any, Branches], jax.Array],
     reward_params: Any,
-    gold: Gold,
+    gold: Callable[[Examples], Gold],
     folder: RunFolder,
     *,
     temperature: float,
-    name: str = "evaluation",
+    split: str = "validation",
 ) -> list[Policy]:
     """Measures the reference, best-of-n by the reward, and every policy of `policies`.
 
     Each policy is decoded at `temperature` (that of the rollouts, at which KL and best-of-n are defined), at the
     configured others and greedily, all in one pass per prompt batch.
     """
-    examples = text.load(config.split)
+    examples = text.load(split)
     rows = np.arange(min(config.prompts, len(examples)))
     score = _scorer(text, reference, reward, reward_params, examples, config.batch, temperature)
     others = [other for other in config.temperatures if other != temperature]
@@ -84,7 +84,7 @@ def evaluate_policies(
                 batch=config.batch,
             )
             found += _measure(
-                label, out, temperatures, most, config.best_of, score(rows, out), text, rows, gold
+                label, out, temperatures, most, config.best_of, score(rows, out), text, rows, gold(examples)
             )
         metrics = {
             f"{policy.name}/{field}": float(getattr(policy, field).mean())
@@ -93,7 +93,7 @@ def evaluate_policies(
         }
         return _to_arrays(found), metrics, _sample_rows(found, examples)
 
-    return _from_arrays(run_once(name, folder=folder, compute=compute))
+    return _from_arrays(run_once(split, folder=folder, compute=compute))
 
 
 def _scorer(text, reference, reward, reward_params, examples: Examples, batch: int, temperature: float):

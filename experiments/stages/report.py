@@ -1,12 +1,13 @@
 """What a run says at its end: figures, report.md, and the numbers of summary.json."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from experiments.stages.evaluation import Comparison, Policy
 from experiments.stages.reward import Learned
+from experiments.stages.text import Examples
 from rlhfjax.figures import (
     EvaluatedPolicy,
     Panel,
@@ -28,6 +29,23 @@ from rlhfjax.run_folder import RunFolder
 GROUPS = 10  # points along PPO in the over-optimisation figure
 
 
+def result_sections(
+    found: Mapping[str, Sequence[Policy]],
+    comparisons: Mapping[str, Sequence[Comparison]],
+    gold_name: str,
+    temperature: float,
+) -> list[Section]:
+    """Claims and policies, split by split."""
+    return [
+        section
+        for split in found
+        for section in (
+            comparison_section(comparisons[split], gold_name, split),
+            policy_section(found[split], gold_name, split, temperature),
+        )
+    ]
+
+
 def policy_section(found: Sequence[Policy], gold_name: str, split: str, temperature: float) -> Section:
     """The table of all policies."""
     header = ["policy", gold_name, "reward", "KL (nats)", "KL by", "tokens", "ended"]
@@ -45,16 +63,17 @@ def policy_section(found: Sequence[Policy], gold_name: str, split: str, temperat
     ]
     text = (
         f"Each policy on the same {len(found[0].gold)} prompts of the {split} split, one completion a prompt; 95 % "
-        f"bootstrap intervals over prompts. KL is from the fine-tuned policy at the temperature of the rollouts, {temperature:g}."
+        "bootstrap intervals over prompts. KL is from the fine-tuned policy at the temperature of the rollouts, "
+        f"{temperature:g}."
     )
-    return Section("All policies, same prompts", text, Table(header, rows))
+    return Section(f"All policies, {split} split", text, Table(header, rows))
 
 
-def comparison_section(comparisons: Sequence[Comparison], gold_name: str) -> Section:
+def comparison_section(comparisons: Sequence[Comparison], gold_name: str, split: str) -> Section:
     """The claims and their controls."""
     rows = [[item.claim, item.difference, "yes" if item.holds else "no"] for item in comparisons]
     return Section(
-        "What survives its control",
+        f"What survives its control, {split} split",
         f"Paired differences in {gold_name} over the same prompts. A claim holds where the whole interval lies "
         "above 0.",
         Table(["claim", "difference", "holds"], rows),
@@ -62,17 +81,13 @@ def comparison_section(comparisons: Sequence[Comparison], gold_name: str) -> Sec
 
 
 def text_section(
-    found: Sequence[Policy],
-    prompts: Sequence[str],
-    references: Sequence[str],
-    temperature: float,
-    number: int = 12,
+    found: Sequence[Policy], examples: Examples, temperature: float, number: int = 12
 ) -> Section:
     """Sampled texts before and after, with what the data has."""
     by_name = {policy.name: policy for policy in found}
     shown = [name for name in by_name if name.endswith((f", temperature {temperature:g}", ", greedy"))]
     rows = [
-        [prompts[b], references[b], *(by_name[name].texts[b] for name in shown)]
+        [examples.prompts[b], examples.references[b], *(by_name[name].texts[b] for name in shown)]
         for b in range(min(number, len(found[0].texts)))
     ]
     return Section("Texts before and after", "", Table(["prompt", "reference", *shown], rows))
@@ -202,16 +217,17 @@ def frontier_section(found: Sequence[Policy], folder: RunFolder, gold_name: str)
     )
 
 
-def summarise(found: Sequence[Policy], comparisons: Sequence[Comparison]) -> dict[str, float]:
+def summarise(found: Sequence[Policy], comparisons: Sequence[Comparison], split: str) -> dict[str, float]:
     """Flat names and numbers for summary.json."""
     summary = {}
     for policy in found:
         for field in ("gold", "reward", "kl", "length", "finished"):
-            summary[f"{policy.name}/{field}"] = float(getattr(policy, field).mean())
-        summary[f"{policy.name}/gold_low"], summary[f"{policy.name}/gold_high"] = policy.interval("gold")[1:]
+            summary[f"{split}/{policy.name}/{field}"] = float(getattr(policy, field).mean())
+        low, high = policy.interval("gold")[1:]
+        summary |= {f"{split}/{policy.name}/gold_low": low, f"{split}/{policy.name}/gold_high": high}
     for item in comparisons:
         for name, value in item.difference._asdict().items():
-            summary[f"{item.claim}/{name}"] = float(value)
+            summary[f"{split}/{item.claim}/{name}"] = float(value)
     return summary
 
 

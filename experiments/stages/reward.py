@@ -98,8 +98,8 @@ def _measure(text, evaluate, params, examples, judged, folder) -> Learned:
         metrics = {
             "heldout/accuracy": float(np.mean((margin > 0) == outcome)),
             "heldout/accuracy_ceiling": accuracy_ceiling(kept),
-            "heldout/correlation": float(np.corrcoef(score[heldout].ravel(), gold.ravel())[0, 1]),
-            "heldout/correlation_within_prompt": _within_prompt(score[heldout], gold),
+            "heldout/correlation": _correlation(score[heldout], gold, axis=None),
+            "heldout/correlation_within_prompt": _correlation(score[heldout], gold, axis=1),
             "heldout/best_of_samples_gold": float(
                 gold[np.arange(len(gold)), score[heldout].argmax(1)].mean()
             ),
@@ -113,7 +113,10 @@ def _measure(text, evaluate, params, examples, judged, folder) -> Learned:
     return Learned(params, stored["probability"], stored["outcome"])
 
 
-def _within_prompt(score_BG: np.ndarray, gold_BG: np.ndarray) -> float:
-    """Correlation of score and gold once each prompt's mean is taken off: what choosing among samples needs."""
-    score, gold = (x - x.mean(axis=1, keepdims=True) for x in (score_BG, gold_BG))
+def _correlation(score_BG: np.ndarray, gold_BG: np.ndarray, *, axis: int | None) -> float:
+    """Correlation of score and gold, of all (axis None) or, with axis 1, once each prompt's mean is taken off.
+
+    The latter is what choosing among samples needs. 0 where one of them is constant.
+    """
+    score, gold = (x - x.mean(axis=axis, keepdims=True) for x in (score_BG.astype(np.float64), gold_BG))
     return float((score * gold).sum() / np.sqrt((score**2).sum() * (gold**2).sum() + 1e-12))

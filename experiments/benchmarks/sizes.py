@@ -1,0 +1,44 @@
+"""The sizes that all benchmarks share. No jax here, so that `--help` answers at once."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Model and batch. The model is a Llama: RMS norms, rotary positions, a gated MLP, multi-head attention.
+
+    A sequence is a prompt and a completion: prompt_length + new_tokens tokens, none of them padding.
+    """
+
+    layers: int = 4
+    """Blocks."""
+    width: int = 256
+    """Size of the residual stream."""
+    heads: int = 4
+    """Heads, each of size width / heads."""
+    mlp_width: int = 1024
+    """Hidden size of the MLP."""
+    tie_embeddings: bool = False
+    """Whether input and output share one embedding."""
+    dtype: str = "float32"
+    """Compute type: float32 or bfloat16."""
+    batch: int = 16
+    """Sequences in a step; for the reward model, pairs."""
+    samples: int = 4
+    """Samples of each prompt in ppo_grouped; divides the batch."""
+    prompt_length: int = 32
+    """Tokens of a prompt."""
+    new_tokens: int = 96
+    """Tokens of a completion."""
+    generation_vocab_size: int = 8192
+    """Vocabulary where only generation is measured."""
+    training_vocab_size: int = 4096
+    """Vocabulary where there is an update."""
+    top_p: float = 0.9
+    """Nucleus of generate_top_p."""
+    memory_length: int = 512
+    """Tokens of a completion in the memory cases."""
+    memory_vocab_size: int = 50_000
+    """Vocabulary of the memory cases."""
+    matmul_size: int = 2048
+    """Rows and columns of the float32 product that measures the machine's ceiling."""
