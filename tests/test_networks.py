@@ -219,7 +219,8 @@ def test_remat_gives_the_same_gradient():
 
     one, two = (jax.grad(lambda p, m=m: total(m, p))(params) for m in (lm, again))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
-    assert "remat" in str(jax.make_jaxpr(lambda p: total(again, p))(params))
+    program = str(jax.make_jaxpr(lambda p: total(again, p))(params))
+    assert "remat" in program or "checkpoint" in program  # its name differs between versions of jax
 
 
 def test_scalar_head_starts_as_the_papers_say():

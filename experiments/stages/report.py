@@ -54,7 +54,9 @@ def policy_section(found: Sequence[Policy], gold_name: str, split: str, temperat
             policy.name,
             policy.interval("gold"),
             policy.interval("reward"),
-            f"{policy.kl.mean():.2f}" if policy.group == "best of n" else policy.interval("kl"),
+            _two_decimals(policy.interval("kl"))
+            if policy.group != "best of n"
+            else f"{policy.kl.mean():.2f}",
             policy.kl_estimator,
             policy.interval("length"),
             policy.interval("finished"),
@@ -67,6 +69,11 @@ def policy_section(found: Sequence[Policy], gold_name: str, split: str, temperat
         f"{temperature:g}."
     )
     return Section(f"All policies, {split} split", text, Table(header, rows))
+
+
+def _two_decimals(interval: Interval) -> str:
+    """A KL of rounding errors is shown as 0.00, not to the digits of its spread."""
+    return f"{interval.value + 0.0:.2f} [{interval.low + 0.0:.2f}, {interval.high + 0.0:.2f}]"
 
 
 def comparison_section(comparisons: Sequence[Comparison], gold_name: str, split: str) -> Section:
