@@ -41,6 +41,7 @@ def run(config: Config, folder) -> dict[str, float]:
     train = loaded.load("train")
     sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed)
     policy.check(config.ppo, len(rl_rows))
+    heldout = loaded.load("validation")  # early: a missing split should not cost the training
     reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)
 
     size = loaded.lm.config.vocab_size
@@ -81,7 +82,7 @@ def run(config: Config, folder) -> dict[str, float]:
                 {"validation": found}, {"validation": comparisons}, gold_name, config.ppo.temperature
             ),
             report.policy_optimisation_section(folder, gold_name),
-            report.text_section(found, loaded.load("validation"), config.ppo.temperature),
+            report.text_section(found, heldout, config.ppo.temperature),
         ],
     )
     return report.summarise(found, comparisons, "validation")

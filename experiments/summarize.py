@@ -37,6 +37,10 @@ def run(config: Config, folder) -> dict[str, float]:
     preferences.check(config.preferences, len(rl_rows))
     reward.check(config.reward, config.preferences.prompts - config.preferences.heldout)
     policy.check(config.ppo, len(rl_rows))
+    splits = ("validation", "test") if config.evaluation.test else ("validation",)
+    heldout = {
+        split: loaded.load(split) for split in splits
+    }  # early: a missing split should not cost the training
 
     reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)
     judged = preferences.collect_preferences(config.preferences, loaded, reference, train, rl_rows, folder)
@@ -65,7 +69,7 @@ def run(config: Config, folder) -> dict[str, float]:
         gold=gold_of(train),
     )
     found, comparisons, summary = {}, {}, {}
-    for split in ("validation", "test") if config.evaluation.test else ("validation",):
+    for split in splits:
         found[split] = evaluation.evaluate_policies(
             config.evaluation,
             loaded,
@@ -89,7 +93,7 @@ def run(config: Config, folder) -> dict[str, float]:
             report.frontier_section(found["validation"], folder, gold_name),
             report.policy_optimisation_section(folder, gold_name),
             report.reward_model_section(learned, measured, folder),
-            report.text_section(found["validation"], loaded.load("validation"), config.ppo.temperature),
+            report.text_section(found["validation"], heldout["validation"], config.ppo.temperature),
         ],
     )
     return summary | {

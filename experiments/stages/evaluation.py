@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.loop import run_once
 from experiments.stages.configs import EvaluationStage as Config
-from experiments.stages.preferences import sample_policy
+from experiments.stages.preferences import BRANCHES, column_groups, sample_policy
 from experiments.stages.text import Examples, Text
 from rlhfjax.networks import Branches
 from rlhfjax.recipes import completion_logp
@@ -83,8 +84,9 @@ def evaluate_policies(
                 temperatures=temperatures,
                 batch=config.batch,
             )
+            scores = score(rows, out, (0, *range(most, len(temperatures))))
             found += _measure(
-                label, out, temperatures, most, config.best_of, score(rows, out), text, rows, gold(examples)
+                label, out, temperatures, most, config.best_of, scores, text, rows, gold(examples)
             )
         metrics = {
             f"{policy.name}/{field}": float(getattr(policy, field).mean())
@@ -97,25 +99,35 @@ def evaluate_policies(
 
 
 def _scorer(text, reference, reward, reward_params, examples: Examples, batch: int, temperature: float):
-    """(rows, generation) -> (reward [B, G], log-probability under the reference [B, G]) on the host."""
+    """(rows, generation, kept) -> reward and log-probability under the reference, each [B, G], on the host.
+
+    The latter only of groups of columns with one of `kept` in them; 0 elsewhere.
+    """
 
     @jax.jit
-    def run(reference, reward_params, branches: Branches):
+    def logp_ref(reference, branches: Branches):
         logp = completion_logp(text.lm, reference, branches, temperature)
-        total = jax.numpy.where(branches.completion_mask_BGC, logp, 0.0).sum(axis=2)
-        return reward(reward_params, branches), total
+        return jnp.sum(logp, axis=2, where=branches.completion_mask_BGC)
 
-    def score(rows, out):
-        parts = []
+    rewards = jax.jit(reward)
+
+    def score(rows, out, kept: Sequence[int]):
+        samples = out["token_BGC"].shape[1]
+        total = np.zeros((2, len(rows), samples))
         for start in range(0, len(rows), batch):
-            index = np.resize(np.arange(start, min(start + batch, len(rows))), batch)
-            prompts = text.batch(examples, rows[index])
-            branches = Branches(
-                prompts.token_BP, prompts.mask_BP, out["token_BGC"][index], out["mask_BGC"][index]
-            )
-            keep = min(batch, len(rows) - start)
-            parts.append([x[:keep] for x in jax.device_get(run(reference, reward_params, branches))])
-        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+            index = np.arange(start, min(start + batch, len(rows)))
+            padded = np.resize(index, batch)  # filled up, so that nothing compiles twice
+            prompts = text.batch(examples, rows[padded])
+            for columns in column_groups(samples):
+                filled = np.resize(columns, min(samples, BRANCHES))
+                completions = (out[name][padded][:, filled] for name in ("token_BGC", "mask_BGC"))
+                branches = Branches(*prompts[:2], *map(jnp.asarray, completions))
+                cell = np.ix_(index, columns)
+                shape = len(index), len(columns)
+                total[0][cell] = np.asarray(rewards(reward_params, branches))[: shape[0], : shape[1]]
+                if not set(kept).isdisjoint(columns):
+                    total[1][cell] = np.asarray(logp_ref(reference, branches))[: shape[0], : shape[1]]
+        return total[0], total[1]
 
     return score
 

@@ -18,6 +18,7 @@ from rlhfjax.rewards import rouge_l
 from rlhfjax.run_folder import RunFolder
 
 BATCH = 64  # prompts decoded at once
+BRANCHES = 5  # completions of a prompt that share a row
 
 
 @dataclass(frozen=True)
@@ -49,27 +50,41 @@ def sample_policy(
 ) -> dict[str, np.ndarray]:
     """One completion per prompt and temperature, [B, G]: the arrays of `Generation`, on the host."""
     samples = len(temperatures)
+    width = min(samples, BRANCHES)
 
     @jax.jit
-    def run(params, prompts: Prompts, key):
+    def run(params, prompts: Prompts, key, columns, temperatures):
         return generate(
             text.lm,
             params,
             prompts.token_BP,
             prompts.mask_BP,
-            sample_keys(key, prompts.index_B, samples),
+            sample_keys(key, prompts.index_B, samples)[:, columns],
             max_new_tokens=text.config.completion_length,
             stop_tokens=text.stop_tokens,
-            sampling=Sampling(jnp.tile(jnp.asarray(temperatures, jnp.float32), batch)),
+            sampling=Sampling(jnp.tile(temperatures, batch)),
         )
 
-    parts = []
-    for start in range(0, len(rows), batch):
+    def sample(start: int, columns: np.ndarray) -> dict[str, np.ndarray]:
         index = rows[start : start + batch]
-        padded = np.resize(index, batch)  # the last batch is filled up, so that nothing compiles twice
-        out = jax.device_get(run(params, text.batch(examples, padded), key))
-        parts.append({name: x[: len(index)] for name, x in out._asdict().items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        # The last batch and the last columns are filled up, so that nothing compiles twice.
+        padded, filled = np.resize(index, batch), np.resize(columns, width)
+        heat = jnp.asarray(np.asarray(temperatures)[filled], jnp.float32)
+        out = jax.device_get(run(params, text.batch(examples, padded), key, filled, heat))
+        return {name: x[: len(index), : len(columns)] for name, x in out._asdict().items()}
+
+    groups = column_groups(samples)
+    batches = [[sample(start, columns) for columns in groups] for start in range(0, len(rows), batch)]
+    names = batches[0][0]
+    return {
+        name: np.concatenate([np.concatenate([part[name] for part in parts], axis=1) for parts in batches])
+        for name in names
+    }
+
+
+def column_groups(samples: int) -> list[np.ndarray]:
+    """Completions of a prompt in groups that share its row: attention's cost grows with the square of a group."""
+    return [np.arange(start, min(start + BRANCHES, samples)) for start in range(0, samples, BRANCHES)]
 
 
 def gold_scores(
