@@ -64,7 +64,7 @@ def load_pretrained(directory: str | Path) -> tuple[Decoder, dict]:
         weights = load_file(directory / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{directory / WEIGHTS} is damaged: {error}") from error
-    return config, _from_llama(config, weights, directory / WEIGHTS)
+    return config, jax.tree.map(jnp.asarray, _from_llama(config, weights, directory / WEIGHTS))
 
 
 def _refuse_other_families(config: Decoder) -> None:
