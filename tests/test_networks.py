@@ -218,7 +218,7 @@ def test_remat_gives_the_same_gradient():
         return jnp.sum(jnp.sin(branch_hidden(model, p, branches)[0]))
 
     one, two = (jax.grad(lambda p, m=m: total(m, p))(params) for m in (lm, again))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, two)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), one, two)
     program = str(jax.make_jaxpr(lambda p: total(again, p))(params))
     assert "remat" in program or "checkpoint" in program  # its name differs between versions of jax
 

@@ -29,7 +29,7 @@ class Text:
 class SFTStage:
     """Supervised fine-tuning on packed rows."""
 
-    steps: int = 320
+    steps: int = 288
     """Optimiser steps."""
     rows: int = 16
     """Packed rows in a step."""

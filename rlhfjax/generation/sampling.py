@@ -22,12 +22,10 @@ class Sampling(NamedTuple):
 
     temperature: jax.Array | float = 1.0  # logits are divided by it; 0 means greedy
     top_k: jax.Array | int = 0  # keep the k most likely; 0 keeps all. Ties with the k-th are kept.
-    top_p: jax.Array | float = (
-        1.0  # keep the fewest tokens whose mass reaches top_p; 1 keeps all (arXiv 1904.09751)
-    )
-    min_p: jax.Array | float = (
-        0.0  # keep tokens of at least min_p times the largest probability (arXiv 2407.01082)
-    )
+    # Keep the fewest tokens whose mass reaches top_p; 1 keeps all (arXiv 1904.09751).
+    top_p: jax.Array | float = 1.0
+    # Keep tokens of at least min_p times the largest probability (arXiv 2407.01082).
+    min_p: jax.Array | float = 0.0
 
 
 def sample_token(
@@ -56,7 +54,12 @@ def sample_token(
     highest_R = jnp.max(logits_RV, axis=1)
     mass_RV = jnp.exp(logits_RV - highest_R[:, None])
     token_R, total_R = _invert(mass_RV, uniform_R)
-    token_R = jnp.where(greedy_R, jnp.argmax(logits_RV, axis=1).astype(jnp.int32), token_R)
+    # One more pass over the vocabulary, where a row asks for it.
+    token_R = jax.lax.cond(
+        jnp.any(greedy_R),
+        lambda: jnp.where(greedy_R, jnp.argmax(logits_RV, axis=1).astype(jnp.int32), token_R),
+        lambda: token_R,
+    )
     logit_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
     logp_R = jnp.where(greedy_R, 0.0, logit_R - highest_R - jnp.log(total_R))
     return token_R, logp_R
@@ -65,6 +68,9 @@ def sample_token(
 def _invert(mass_RV: jax.Array, uniform_R: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first entry at which the running sum of `mass` exceeds uniform * total; and the total."""
     rows, size = mass_RV.shape
+    if size <= _BLOCK:  # one block, whose two-level search XLA takes minutes to compile on CPU
+        total_R = jnp.sum(mass_RV, axis=1)
+        return _first_beyond(mass_RV, uniform_R * total_R), total_R
     blocks = -(-size // _BLOCK)
     mass_RNb = jnp.pad(mass_RV, ((0, 0), (0, blocks * _BLOCK - size))).reshape(rows, blocks, _BLOCK)
     block_sum_RN = jnp.sum(mass_RNb, axis=2)
@@ -75,11 +81,15 @@ def _invert(mass_RV: jax.Array, uniform_R: jax.Array) -> tuple[jax.Array, jax.Ar
     chosen = block_R[:, None]
     before_R = jnp.take_along_axis(block_end_RN - block_sum_RN, chosen, axis=1)[:, 0]
     inside_Rb = jnp.take_along_axis(mass_RNb, chosen[:, :, None], axis=1)[:, 0]
-    beyond_Rb = before_R[:, None] + jnp.cumsum(inside_Rb, axis=1) > target_R[:, None]
-    # Rounding can leave the target just past the block's end: then its likeliest entry, never one of mass zero.
-    entry_R = jnp.where(jnp.any(beyond_Rb, axis=1), jnp.argmax(beyond_Rb & (inside_Rb > 0), axis=1), -1)
-    entry_R = jnp.where(entry_R < 0, jnp.argmax(inside_Rb, axis=1), entry_R)
-    return (block_R * _BLOCK + entry_R).astype(jnp.int32), total_R
+    return block_R * _BLOCK + _first_beyond(inside_Rb, target_R - before_R), total_R
+
+
+def _first_beyond(mass_RN: jax.Array, target_R: jax.Array) -> jax.Array:
+    """The first entry with mass at which the running sum exceeds the target; int32 [R]."""
+    beyond_RN = (jnp.cumsum(mass_RN, axis=1) > target_R[:, None]) & (mass_RN > 0)
+    # Rounding can leave the target just past the end: then the likeliest entry, never one of mass zero.
+    entry_R = jnp.where(jnp.any(beyond_RN, axis=1), jnp.argmax(beyond_RN, axis=1), jnp.argmax(mass_RN, axis=1))
+    return entry_R.astype(jnp.int32)
 
 
 def filter_logits(

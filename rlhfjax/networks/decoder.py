@@ -21,8 +21,8 @@ from rlhfjax.config import Decoder as Config
 class LayerCache(NamedTuple):
     """Keys and values of one layer, already rotated to their positions."""
 
-    # Heads before slots: attention then reads the cache as it lies, where any other order copies it at every token.
-    key: jax.Array  # [B, N, S, K]
+    # Each lies as the product that reads it wants it: any other order is copied at every token.
+    key: jax.Array  # [B, N, K, S]
     value: jax.Array  # [B, N, S, K]
 
 
@@ -136,9 +136,10 @@ class Attention(nn.Module):
         key, value = project("key", config.kv_heads), project("value", config.kv_heads)
         if config.positions == "rotary":
             query, key = (rotary(x, position_BT, config.rope_theta) for x in (query, key))
+        key = key.swapaxes(2, 3)
         if cache is not None:
             write = jax.lax.dynamic_update_slice_in_dim
-            key = write(cache.key, key.astype(cache.key.dtype), slot, axis=2)
+            key = write(cache.key, key.astype(cache.key.dtype), slot, axis=3)
             value = write(cache.value, value.astype(cache.value.dtype), slot, axis=2)
             cache = LayerCache(key, value)
         out = attend(query, key.astype(query.dtype), value.astype(query.dtype), mask_BTS)
@@ -148,16 +149,16 @@ class Attention(nn.Module):
 
 
 def attend(
-    query_BHTK: jax.Array, key_BNSK: jax.Array, value_BNSK: jax.Array, mask_BTS: jax.Array
+    query_BHTK: jax.Array, key_BNKS: jax.Array, value_BNSK: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
     """softmax(query key^T / sqrt(K)) value, [B, H, T, K]; the softmax in float32. H / N query heads share a key head.
 
     `mask` is bool, True where a query may see a key; every query must see one.
     """
     batch, heads, length, size = query_BHTK.shape
-    groups = heads // key_BNSK.shape[1]
+    groups = heads // key_BNKS.shape[1]
     query = query_BHTK.reshape(batch, -1, groups, length, size)
-    score = jnp.einsum("bngtk,bnsk->bngts", query, key_BNSK, preferred_element_type=jnp.float32) * size**-0.5
+    score = jnp.einsum("bngtk,bnks->bngts", query, key_BNKS, preferred_element_type=jnp.float32) * size**-0.5
     score = jnp.where(mask_BTS[:, None, None], score, -1e30)
     weight = jax.nn.softmax(score, axis=-1).astype(value_BNSK.dtype)
     return jnp.einsum("bngts,bnsk->bngtk", weight, value_BNSK).reshape(query_BHTK.shape)
@@ -240,10 +241,12 @@ def decoder(config: Config) -> LanguageModel:
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def init_cache(batch: int, slots: int) -> Cache:
-        shape = (batch, config.kv_heads, slots, config.head_size)
+        heads, size, dtype = config.kv_heads, config.head_size, jnp.dtype(config.dtype)
         # Separate arrays, so that a caller may donate them all.
         return tuple(
-            LayerCache(*(jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in LayerCache._fields))
+            LayerCache(
+                jnp.zeros((batch, heads, size, slots), dtype), jnp.zeros((batch, heads, slots, size), dtype)
+            )
             for _ in range(config.layers)
         )
 
