@@ -29,7 +29,7 @@ class Text:
 class SFTStage:
     """Supervised fine-tuning on packed rows."""
 
-    steps: int = 288
+    steps: int = 256
     """Optimiser steps."""
     rows: int = 16
     """Packed rows in a step."""
