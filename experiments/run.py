@@ -7,6 +7,7 @@ whose defaults are the preset; importable without jax) and `run(config, folder) 
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -144,8 +145,11 @@ def execute(
     except KeyboardInterrupt:
         print(console.interrupted_lines(folder), file=sys.stderr)
         return 130
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, ValueError) as error:
         print(f"error: {error}\n{console.interrupted_lines(folder)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a full disk may be the error itself
+            (folder.path / "error.txt").write_text(traceback.format_exc())
+            print(f"The traceback is in {folder.path / 'error.txt'}", file=sys.stderr)
         return 1
     except Exception:
         traceback.print_exc()

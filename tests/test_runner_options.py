@@ -281,6 +281,19 @@ def test_an_error_in_the_experiment_says_how_to_go_on(experiments, tmp_path, cap
     assert not (tmp_path / "mine" / "summary.json").exists()
 
 
+def test_a_mistake_found_during_the_run_is_one_clear_line_and_its_traceback_is_kept(
+    experiments, tmp_path, capsys
+):
+    source = (experiments / "length.py").read_text()
+    (experiments / "length.py").write_text(
+        source.replace('return {"score": 0.5}', "raise ValueError('5 prompts are too few: give 8')")
+    )
+    assert run.main(["length", "--run-dir", "mine"], experiments) == 1
+    error = capsys.readouterr().err
+    assert "error: 5 prompts are too few: give 8" in error and "Traceback" not in error
+    assert "Traceback" in (tmp_path / "mine" / "error.txt").read_text()
+
+
 def test_the_compilation_cache_lies_where_the_environment_says(tmp_path, monkeypatch):
     import jax
 
