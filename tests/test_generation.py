@@ -65,25 +65,27 @@ def test_filters_may_differ_by_row():
     assert np.isfinite(out).sum(axis=1).tolist() == [70, 1, 4]
 
 
-def test_tokens_are_drawn_by_inverting_the_distribution():
+@pytest.mark.parametrize("size", [3, 64, 70, 130])  # one block of the search, exactly one, several
+def test_tokens_are_drawn_by_inverting_the_distribution(size):
     """At evenly spaced uniforms the counts equal the probabilities to one part in N."""
-    logits = jax.random.normal(jax.random.key(9), (70,)) * 1.5
+    logits = jax.random.normal(jax.random.key(9), (size,)) * 1.5
     n = 20_000
     uniform = (jnp.arange(n) + 0.5) / n
     token, logp = jax.jit(sample_token)(jnp.tile(logits[None], (n, 1)), uniform, default(0.8))
     p = np.exp(np.asarray(logits, np.float64) / 0.8)
     p /= p.sum()
-    np.testing.assert_allclose(np.bincount(token, minlength=70) / n, p, atol=2.5 / n)
+    np.testing.assert_allclose(np.bincount(token, minlength=size) / n, p, atol=2.5 / n)
     np.testing.assert_allclose(logp, np.log(p)[np.asarray(token)], atol=1e-5)
 
 
-def test_no_token_of_probability_zero_is_drawn():
-    logits = jnp.where(jnp.arange(200) % 3 == 0, 0.0, -jnp.inf)
+@pytest.mark.parametrize("size", [50, 200])
+def test_no_token_of_probability_zero_is_drawn(size):
+    logits = jnp.where(jnp.arange(size) % 3 == 0, 0.0, -jnp.inf)
     uniform = jnp.asarray([0.0, 0.5, 1.0 - 2**-24, 0.999999])
     token, logp = sample_token(jnp.tile(logits[None], (4, 1)), uniform, default())
     assert np.all(np.asarray(token) % 3 == 0)
-    np.testing.assert_allclose(logp, -np.log(67), atol=1e-5)
-    assert token[0] == 0 and token[2] == 198
+    np.testing.assert_allclose(logp, -np.log(-(-size // 3)), atol=1e-5)
+    assert token[0] == 0 and token[2] == (size - 1) // 3 * 3
 
 
 def test_temperature_zero_is_greedy_and_rows_may_differ():
