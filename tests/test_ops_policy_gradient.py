@@ -41,6 +41,29 @@ def test_surrogate_equals_the_loop():
     assert len(kinds) == 6  # below, inside and above the bounds, for both signs
 
 
+def test_dual_clip_equals_the_loop():
+    """arXiv:1912.09729: with a negative advantage the loss is at most dual_clip * |advantage|."""
+
+    def dual(logp, dual_clip=1.4):
+        return clipped_surrogate(logp, LOGP_OLD, ADVANTAGE, clip_low=0.2, clip_high=0.3, dual_clip=dual_clip)
+
+    loss, clipped = map(np.asarray, dual(LOGP))
+    slope, plain_clipped = gradient(dual, LOGP), np.asarray(surrogate(LOGP)[1])
+    bound = 0
+    for i in range(64):
+        ratio, advantage = np.exp(float(LOGP[i]) - float(LOGP_OLD[i])), float(ADVANTAGE[i])
+        gain = min(ratio * advantage, np.clip(ratio, 0.8, 1.3) * advantage)
+        held = advantage < 0 and gain < 1.4 * advantage
+        gain = max(gain, 1.4 * advantage) if advantage < 0 else gain
+        np.testing.assert_allclose(loss[i], -gain, rtol=1e-5)
+        assert clipped[i] == (plain_clipped[i] or held)
+        np.testing.assert_allclose(slope[i], 0 if clipped[i] else -advantage * ratio, rtol=1e-5)
+        bound += held
+    assert 3 < bound < 30
+    for given, wanted in zip(dual(LOGP, np.inf), surrogate(LOGP), strict=True):
+        np.testing.assert_array_equal(given, wanted)
+
+
 def test_surrogate_equals_rlax():
     loss, _ = surrogate(LOGP, clip_high=0.2)
     expected = rlax.clipped_surrogate_pg_loss(jnp.exp(LOGP - LOGP_OLD), jnp.asarray(ADVANTAGE), 0.2)
@@ -107,5 +130,7 @@ def test_bad_input_is_named():
         surrogate(LOGP, LOGP_OLD, np.ones(64, np.int32))
     with pytest.raises(ValueError, match=r"logp_old must be of shape \[64\]"):
         surrogate(LOGP, LOGP_OLD[:1])
+    with pytest.raises(ValueError, match="dual_clip must be a scalar"):
+        ops.clipped_surrogate(LOGP, LOGP_OLD, ADVANTAGE, clip_low=0.2, clip_high=0.2, dual_clip=LOGP)
     with pytest.raises(ValueError, match="returns must be of shape"):
         ops.clipped_value_loss(VALUE, VALUE_OLD, RETURNS[:, None], clip=0.2)

@@ -1,4 +1,6 @@
-"""The Bradley-Terry model against its formula in float64."""
+"""The models of Bradley and Terry and of Plackett and Luce against their formulas in float64."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +65,120 @@ def test_bayes_accuracy_is_that_of_the_best_judge():
     np.testing.assert_allclose(ops.bayes_accuracy(probability[:2]), 0.85, rtol=1e-6)
 
 
+# -------------------------------------------------------------------------------------------------- Plackett-Luce
+
+RANKED = RNG.normal(0, 2, (6, 4)).astype(np.float32)
+
+
+def ranking_loss(score, mask, places, smoothing):
+    """NLL of every choice, [G], of one ranking in float64; 0 where none was made."""
+    loss, here = np.zeros(len(score)), np.flatnonzero(mask)
+    for place, p in enumerate(here[:places]):
+        left = score[here[place:]].astype(np.float64)
+        if len(left) > 1:
+            logp = left - np.log(np.exp(left).sum())
+            loss[p] = -(1 - smoothing) * logp[0] - smoothing * logp[1:].mean()
+    return loss
+
+
+plackett_luce = jax.jit(ops.plackett_luce_loss)
+
+
+def test_ranking_loss_and_gradient_equal_a_loop():
+    mask = np.array([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1]]) > 0
+    places = np.array([4, 2, 1, 3, 4, 0])
+    score = np.where(mask, RANKED, np.nan)
+    expected = np.stack([ranking_loss(RANKED[i], mask[i], places[i], 0.1) for i in range(6)])
+    loss, counts = plackett_luce(score, mask=mask, places=places, label_smoothing=0.1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_array_equal(counts, expected > 0)
+
+    def total(score):
+        return jnp.sum(ops.plackett_luce_loss(score, mask=mask, places=places, label_smoothing=0.1)[0])
+
+    gradient = np.asarray(jax.jit(jax.grad(total))(score))
+    h = 1e-6
+    for i, g in itertools.product(range(6), range(4)):
+        up, down = RANKED.astype(np.float64), RANKED.astype(np.float64)
+        up[i, g] += h
+        down[i, g] -= h
+        change = ranking_loss(up[i], mask[i], places[i], 0.1) - ranking_loss(down[i], mask[i], places[i], 0.1)
+        np.testing.assert_allclose(gradient[i, g], change.sum() / (2 * h), atol=1e-5)
+
+
+def test_probabilities_of_all_rankings_sum_to_1():
+    orders = np.array(list(itertools.permutations(range(4))))
+    loss, _ = plackett_luce(RANKED[0][orders])
+    np.testing.assert_allclose(np.exp(-np.asarray(loss).sum(1)).sum(), 1.0, rtol=1e-5)
+
+
+def test_a_ranking_of_two_is_bradley_terry():
+    loss, counts = plackett_luce(np.stack([CHOSEN, REJECTED], axis=1), label_smoothing=0.2)
+    np.testing.assert_allclose(loss[:, 0], ops.bradley_terry_loss(CHOSEN, REJECTED, label=0.8), rtol=1e-5)
+    np.testing.assert_array_equal(counts, [[True, False]] * 16)
+
+
+def test_one_place_is_the_choice_of_the_best():
+    loss, _ = plackett_luce(RANKED, places=1)
+    expected = np.log(np.exp(RANKED.astype(np.float64)).sum(1)) - RANKED[:, 0]
+    np.testing.assert_allclose(loss[:, 0], expected, rtol=1e-5)
+    assert (np.asarray(loss)[:, 1:] == 0).all()
+
+
+# --------------------------------------------------------------------------------------------------- temperature
+
+
+def golden_section(f, low, high):
+    """The least of a function with one valley, to about 1e-9."""
+    ratio = (np.sqrt(5) - 1) / 2
+    while high - low > 1e-9:
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if f(left) < f(right) else (left, high)
+    return (low + high) / 2
+
+
+fit = jax.jit(ops.fit_temperature)
+
+
+@pytest.mark.parametrize("unit", [1e-2, 1.0, 300.0])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_temperature_is_the_likeliest(unit, soft):
+    generator = np.random.default_rng(8)
+    logit = generator.normal(0, 2, 200) * unit
+    probability = sigmoid(logit / unit / 1.7)
+    label = probability if soft else (generator.uniform(size=200) < probability).astype(float)
+    mask = generator.uniform(size=200) > 0.2
+
+    def nll(log_scale):
+        d = np.exp(log_scale) * logit[mask] / unit
+        return np.sum(label[mask] * np.logaddexp(0, -d) + (1 - label[mask]) * np.logaddexp(0, d))
+
+    expected = unit / np.exp(golden_section(nll, -5, 5))
+    given = fit(*(jnp.float32(np.where(mask, x, np.nan)) for x in (logit, label)), mask)
+    np.testing.assert_allclose(given, expected, rtol=1e-4)
+    if soft:
+        np.testing.assert_allclose(given, 1.7 * unit, rtol=1e-4)
+
+
+def test_temperature_where_there_is_no_minimum():
+    """All right: as sure as float32 can be. All wrong: as unsure as the bound allows. Never NaN or below 0."""
+    logit = jnp.array([1.0, -2.0, 0.5])
+    sure, unsure = fit(logit, jnp.float32(logit > 0)), fit(logit, jnp.float32(logit < 0))
+    np.testing.assert_array_equal(np.round(jax.nn.sigmoid(logit / sure), 6), [1, 0, 1])
+    np.testing.assert_allclose(jax.nn.sigmoid(logit / unsure), 0.5, atol=1e-3)
+    assert float(fit(jnp.zeros(3), jnp.ones(3))) == 1.0
+    assert float(fit(logit, jnp.ones(3), jnp.zeros(3, bool))) == 1.0
+
+
 def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"places must be of shape \[6\]"):
+        ops.plackett_luce_loss(RANKED, places=np.ones(3, int))
+    with pytest.raises(TypeError, match="places must be integer"):
+        ops.plackett_luce_loss(RANKED, places=1.0)
+    with pytest.raises(ValueError, match=r"mask must be of shape \[6,4\]"):
+        ops.plackett_luce_loss(RANKED, mask=np.ones(4, bool))
+    with pytest.raises(TypeError, match="logit must be floating point"):
+        ops.fit_temperature(np.ones(3, int), 1.0)
     with pytest.raises(TypeError, match="score_rejected must be floating point"):
         ops.bradley_terry_loss(CHOSEN, np.ones(16, np.int32))
     with pytest.raises(ValueError, match=r"label must be a scalar or of shape \[16\]"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from rlhfjax import ops
 
@@ -18,6 +19,9 @@ HIDDEN = RNG.normal(size=(B, T, D)).astype(np.float32)
 EMBEDDING = RNG.normal(size=(V, D)).astype(np.float32)
 TOKEN = RNG.integers(0, V, (B, T)).astype(np.int32)
 TEMPERATURE = RNG.uniform(0.5, 2.0, (B, 1)).astype(np.float32)
+E = 6  # width of the reference
+HIDDEN_REF = np.random.default_rng(6).normal(size=(B, T, E)).astype(np.float32)
+EMBEDDING_REF = np.random.default_rng(7).normal(size=(V, E)).astype(np.float32)
 D_LOGP, D_ENTROPY = RNG.normal(size=(2, B, T)).astype(np.float32)
 
 # 12 rows: one chunk; two; 5 rows a chunk, made 3 chunks of 4; one row a chunk.
@@ -208,6 +212,143 @@ def test_inside_shard_map(mesh, chunk_size):
     )
     for given, wanted in zip(jax.jit(split)(*SHARDED), jax.jit(gradient)(*SHARDED), strict=True):
         np.testing.assert_allclose(given, wanted, atol=3e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------- token_kl
+
+token_kl = jax.jit(ops.token_kl, static_argnames="chunk_size")
+POLICIES = (HIDDEN, EMBEDDING, HIDDEN_REF, EMBEDDING_REF)
+
+
+def direct_kl(hidden, embedding, hidden_ref, embedding_ref, temperature: ArrayLike = 1.0):
+    scale = 1 / jnp.broadcast_to(temperature, hidden.shape[:-1])[..., None]
+    return ops.categorical_kl(hidden @ embedding.T * scale, hidden_ref @ embedding_ref.T * scale)
+
+
+def weighted_kl(function, *arguments):
+    return jnp.sum(function(*arguments[:4], temperature=arguments[4]) * D_LOGP)
+
+
+@functools.cache
+def kl_gradients(function, chunk_size=None):
+    if chunk_size is not None:
+        function = functools.partial(function, chunk_size=chunk_size)
+    return jax.jit(jax.grad(functools.partial(weighted_kl, function), argnums=(0, 1, 2, 3)))
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+def test_kl_values_equal_numpy(chunk_size):
+    def logp(hidden, embedding):
+        logits = hidden.astype(np.float64) @ embedding.T.astype(np.float64) / TEMPERATURE[..., None]
+        return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+    p, q = logp(HIDDEN, EMBEDDING), logp(HIDDEN_REF, EMBEDDING_REF)
+    given = token_kl(*POLICIES, temperature=TEMPERATURE, chunk_size=chunk_size)
+    np.testing.assert_allclose(given, np.sum(np.exp(p) * (p - q), axis=-1), rtol=3e-6)
+    assert given.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+def test_kl_gradients_equal_autodiff_and_the_reference_gets_none(chunk_size):
+    expected = kl_gradients(direct_kl)(*POLICIES, TEMPERATURE)
+    given = kl_gradients(ops.token_kl, chunk_size)(*POLICIES, TEMPERATURE)
+    for array, wanted in zip(given[:2], expected[:2], strict=True):
+        np.testing.assert_allclose(array, wanted, atol=5e-6)
+    for array, wanted in zip(given[2:], expected[2:], strict=True):
+        assert not array.any() and wanted.any()
+
+
+def test_kl_of_a_policy_with_itself_is_zero_and_stays():
+    same = (HIDDEN, EMBEDDING, HIDDEN, EMBEDDING)
+    np.testing.assert_array_equal(token_kl(*same), np.zeros((B, T)))
+    for array in kl_gradients(ops.token_kl, 5)(*same, TEMPERATURE):
+        np.testing.assert_allclose(array, 0, atol=1e-6)
+    sharp = token_kl(HIDDEN * 1e3, EMBEDDING, HIDDEN_REF * 1e3, EMBEDDING_REF)
+    np.testing.assert_allclose(
+        sharp, direct_kl(HIDDEN * 1e3, EMBEDDING, HIDDEN_REF * 1e3, EMBEDDING_REF), rtol=1e-5
+    )
+    assert np.isfinite(sharp).all()
+    assert jax.grad(lambda t: token_kl(*POLICIES, temperature=t).sum())(0.7) == 0
+
+
+def test_kl_in_bfloat16():
+    narrow = [jnp.asarray(x, jnp.bfloat16) for x in POLICIES]
+    exact = [x.astype(jnp.float32) for x in narrow]
+    np.testing.assert_allclose(token_kl(*narrow, chunk_size=6), direct_kl(*exact), rtol=1e-4)
+    given = kl_gradients(ops.token_kl, 6)(*narrow, TEMPERATURE)
+    for array, wanted in zip(given[:2], kl_gradients(direct_kl)(*exact, TEMPERATURE)[:2], strict=True):
+        assert array.dtype == jnp.bfloat16
+        np.testing.assert_allclose(array.astype(jnp.float32), wanted, atol=0.1)
+
+
+def test_kl_memory_does_not_grow_with_positions_times_vocabulary():
+    batch, width, vocabulary = 16, 64, 50_000
+
+    def temporary_bytes(positions):
+        hidden = jax.ShapeDtypeStruct((batch, positions, width), jnp.float32)
+        embedding = jax.ShapeDtypeStruct((vocabulary, width), jnp.float32)
+
+        def loss(*arguments):
+            return jnp.sum(ops.token_kl(*arguments))
+
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        memory = gradient.lower(hidden, embedding, hidden, embedding).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    at_512, at_1024 = temporary_bytes(512), temporary_bytes(1024)
+    logits_of_one_sequence = 512 * vocabulary * 4
+    assert at_512 < 4 * logits_of_one_sequence < batch * logits_of_one_sequence / 4 + 1
+    assert at_1024 - at_512 < 8 * batch * 512 * width * 4 < logits_of_one_sequence
+
+
+SHARDED_POLICIES = (
+    SHARDED[0],
+    EMBEDDING,
+    np.random.default_rng(8).normal(size=(8, 4, E)).astype(np.float32),
+    EMBEDDING_REF,
+)
+KL_SPECS = (P("data"), P(), P("data"), P())
+
+
+def summed_kl(*arguments, chunk_size):
+    return jnp.sum(jnp.square(ops.token_kl(*arguments, chunk_size=chunk_size)))
+
+
+@pytest.mark.parametrize(("chunk_size", "rows_per_device"), [(8, 2), (32, 8)])
+def test_kl_work_is_split_not_repeated_over_devices(mesh, chunk_size, rows_per_device):
+    placed = [
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in zip(SHARDED_POLICIES, KL_SPECS, strict=True)
+    ]
+    gradient = jax.jit(jax.grad(functools.partial(summed_kl, chunk_size=chunk_size), argnums=(0, 1)))
+    compiled = gradient.lower(*placed).compile()
+    assert set(re.findall(rf"f32\[\d+,{V}\]", str(compiled.as_text()))) == {f"f32[{rows_per_device},{V}]"}
+    for given, wanted in zip(compiled(*placed), gradient(*SHARDED_POLICIES), strict=True):
+        np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk_size", [2, 8])
+def test_kl_inside_shard_map(mesh, chunk_size):
+    gradient = jax.grad(functools.partial(summed_kl, chunk_size=chunk_size), argnums=(0, 1))
+    split = jax.shard_map(gradient, mesh=mesh, in_specs=KL_SPECS, out_specs=(P("data"), P()))
+    for given, wanted in zip(
+        jax.jit(split)(*SHARDED_POLICIES), jax.jit(gradient)(*SHARDED_POLICIES), strict=True
+    ):
+        np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_kl_input_is_named():
+    with pytest.raises(
+        ValueError, match=r"embedding_ref must have shape \[V, D\] with D = 6, the width of hidden_ref"
+    ):
+        ops.token_kl(HIDDEN, EMBEDDING, HIDDEN_REF, EMBEDDING)
+    with pytest.raises(ValueError, match="embedding_ref must have the vocabulary of embedding"):
+        ops.token_kl(HIDDEN, EMBEDDING, HIDDEN_REF, EMBEDDING_REF[:-1])
+    with pytest.raises(ValueError, match="hidden_ref must have the positions of hidden"):
+        ops.token_kl(HIDDEN, EMBEDDING, HIDDEN_REF[:1], EMBEDDING_REF)
+    with pytest.raises(TypeError, match="hidden_ref must be floating point"):
+        ops.token_kl(HIDDEN, EMBEDDING, TOKEN, EMBEDDING_REF)
 
 
 def test_bad_input_is_named():

@@ -10,7 +10,29 @@ losses they differ in kind. The expected gradient of each, for on-policy samples
     k2    KL(pi || ref) + O(|d|^3)   gradient of KL(pi || ref)
     k3    KL(pi || ref)              gradient of KL(ref || pi), the other direction
 
-k1 taken off the reward (detached) gives the gradient of KL(pi || ref).
+Taken off the reward instead (detached: it weighs the gradient of log pi), with u = pi / ref at one decision:
+
+    op      expected gradient of the penalty
+    k1      gradient of KL(pi || ref): the optimum is ref exp(reward / coefficient) / Z
+    k2      gradient of sum ref u (log(u)^2 / 2 - log u + 1)
+    k3      gradient of sum ref ((1 + u) log u - 2 u)
+    exact   0
+
+The functions of u under k2 and k3 are concave for u < 1: an action that the policy has made rarer than the
+reference is pushed further down, not back, and near the reference the force is of second order only. What they
+converge to is not the optimum of k1, and need not be anything.
+
+Over a sequence an action also decides which states follow, and with them their divergence. In the reward this
+part is in the gradient of every estimator, by way of the return; in the loss it is in none. So
+
+    exact in the reward        holds the decisions before a state and never the one in it: the last is free
+    exact or k2 in the loss    holds each decision for itself: at every state pi = ref exp(Q / coefficient) / Z,
+                               with Q the return of the reward alone, without the later penalties
+    k3 in the loss             the same with the other direction: pi = coefficient * ref / (level - Q)
+    k1 in the reward           has both parts, and alone the optimum of the whole sequence
+
+For one decision exact and k2 in the loss agree with k1 in the reward. Estimators in the loss are of the sampled
+actions, unweighted: once the policy has moved off the rollout, k2 and k3 have the bias of its older samples.
 """
 
 import jax

@@ -13,21 +13,34 @@ from rlhfjax.ops.kl import LOG_RATIO_BOUND
 
 
 def clipped_surrogate(
-    logp: ArrayLike, logp_old: ArrayLike, advantage: ArrayLike, *, clip_low: ArrayLike, clip_high: ArrayLike
+    logp: ArrayLike,
+    logp_old: ArrayLike,
+    advantage: ArrayLike,
+    *,
+    clip_low: ArrayLike,
+    clip_high: ArrayLike,
+    dual_clip: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
     """PPO's policy loss (arXiv:1707.06347 eq. 7), as a loss; `ratio = exp(logp - logp_old)`:
 
         -min(ratio * advantage, clip(ratio, 1 - clip_low, 1 + clip_high) * advantage)
 
     The paper has clip_low = clip_high; unequal bounds are the "clip higher" of DAPO (arXiv:2503.14476, sec.
-    3.1). The log-ratio is clamped to [-20, 20] before the exponential (no gradient beyond), so that the loss
-    stays finite.
+    3.1). Where the advantage is negative, nothing bounds the loss of an action that has become much likelier.
+    `dual_clip` does (arXiv:1912.09729): there the loss is at most dual_clip * |advantage|,
+
+        -max(min(ratio * advantage, clip(ratio, ...) * advantage), dual_clip * advantage)    if advantage < 0
+
+    The log-ratio is clamped to [-20, 20] before the exponential (no gradient beyond), so that the loss stays
+    finite.
 
     Args:
       logp: float, any shape: log-probability of the action under the policy being trained.
       logp_old: the same shape: under the policy that acted.
       advantage: the same shape; not differentiated by usual callers (apply `stop_gradient`).
       clip_low, clip_high: scalars >= 0, distance of the bounds from 1.
+      dual_clip: scalar > 1, largest ratio that a negative advantage still acts on (the paper uses 3); None:
+        no bound.
 
     Returns:
       loss: float32, shape of logp.
@@ -39,6 +52,11 @@ def clipped_surrogate(
     ratio = jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND))
     bounded = jnp.clip(ratio, 1 - as_number("clip_low", clip_low), 1 + as_number("clip_high", clip_high))
     clipped = ratio * advantage > bounded * advantage
+    if dual_clip is not None:
+        dual_clip = as_number("dual_clip", dual_clip)
+        dual_clipped = (advantage < 0) & (ratio > dual_clip)
+        bounded = jnp.where(dual_clipped, dual_clip, bounded)
+        clipped = clipped | dual_clipped
     # A selection, and not jnp.minimum, which would halve the gradient where both terms are equal.
     return -jnp.where(clipped, bounded, ratio) * advantage, clipped
 

@@ -1,4 +1,5 @@
-"""Log-probability and entropy of tokens from hidden states, without an array of rows x vocabulary.
+"""Log-probability and entropy of tokens, and the KL divergence of two policies, from hidden states, without an
+array of rows x vocabulary.
 
 A row is one position. Rows are taken in chunks: a chunk's logits are made, used and dropped, and made again
 in the backward pass, so that peak memory does not grow with the number of rows. Shapes: N rows, C rows of one
@@ -55,38 +56,97 @@ def token_logprobs(
     Returns:
       logp, entropy: float32 [...]. Reverse-mode differentiable with respect to hidden and embedding, once.
     """
-    hidden, embedding = require_float("hidden", hidden), require_float("embedding", embedding)
-    require_rank("hidden", hidden, 1, "[..., D]")
-    if embedding.ndim != 2 or embedding.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"embedding must have shape [V, D] with D = {hidden.shape[-1]}, the width of hidden, "
-            f"got {describe(embedding)}"
-        )
-    shape = hidden.shape[:-1]
+    hidden, embedding = _hidden_and_embedding(hidden, embedding)
+    shape, rows, vocabulary = hidden.shape[:-1], hidden[..., 0].size, embedding.shape[0]
     token = as_index("token", token, shape).reshape(-1)
-    temperature = as_number("temperature", temperature, jnp.shape(temperature))
-    inverse_temperature = 1 / jnp.broadcast_to(temperature, shape)
-    rows, vocabulary = token.size, embedding.shape[0]
-    if chunk_size is None:
-        chunk_size = max(CHUNK_LOGITS // vocabulary, CHUNK_ROWS)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    chunks = _chunks(rows, chunk_size)
-    # Under `shard_map` the gradient of a replicated embedding varies over devices, as the rows do. This zero
-    # marks the embedding as varying too, and JAX itself then adds the sum over devices, outside of `_rows`.
-    embedding = embedding + jnp.zeros_like(hidden, shape=(), dtype=embedding.dtype)
+    inverse_temperature_N = _inverse_temperature(temperature, shape)
+    chunks = _chunks(rows, chunk_size, vocabulary)
     logp, entropy = _rows(
-        hidden.reshape(rows, hidden.shape[-1]), embedding, token, inverse_temperature.reshape(rows), chunks
+        hidden.reshape(rows, hidden.shape[-1]), embedding, token, inverse_temperature_N, chunks
     )
     in_vocabulary = (token >= 0) & (token < vocabulary)
     return TokenLogprobs(jnp.where(in_vocabulary, logp, jnp.nan).reshape(shape), entropy.reshape(shape))
 
 
-def _chunks(rows: int, chunk_size: int) -> int:
+def token_kl(
+    hidden: ArrayLike,
+    embedding: ArrayLike,
+    hidden_ref: ArrayLike,
+    embedding_ref: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    chunk_size: int | None = None,
+) -> Array:
+    """Exact `KL(pi || ref)` over the vocabulary at each position, in nats.
+
+    pi = softmax(hidden @ embedding.T / temperature), ref likewise. Equals `categorical_kl` of all logits at once,
+    and its gradient, to rounding; float types as in `token_logprobs`.
+
+    Args:
+      hidden: float [..., D].
+      embedding: float [V, D], the output matrix.
+      hidden_ref: float [..., E], of the reference, whose width may be another.
+      embedding_ref: float [V, E].
+      temperature: scalar or broadcastable to [...], > 0, may be traced. Gets no gradient.
+      chunk_size: rows of one chunk, as in `token_logprobs`; a chunk holds the logits of both policies.
+
+    Returns:
+      float32 [...]. Reverse-mode differentiable with respect to hidden and embedding, once; the reference is a
+      constant and gets gradient 0.
+    """
+    hidden, embedding = _hidden_and_embedding(hidden, embedding)
+    hidden_ref, embedding_ref = _hidden_and_embedding(hidden_ref, embedding_ref, "_ref")
+    shape, rows, vocabulary = hidden.shape[:-1], hidden[..., 0].size, embedding.shape[0]
+    if hidden_ref.shape[:-1] != shape:
+        raise ValueError(
+            f"hidden_ref must have the positions of hidden, {describe(hidden)}, got {describe(hidden_ref)}"
+        )
+    if embedding_ref.shape[0] != vocabulary:
+        raise ValueError(
+            f"embedding_ref must have the vocabulary of embedding, {describe(embedding)}, "
+            f"got {describe(embedding_ref)}"
+        )
+    chunks = _chunks(rows, chunk_size, 2 * vocabulary)
+    kl = _kl_rows(
+        hidden.reshape(rows, hidden.shape[-1]),
+        embedding,
+        jax.lax.stop_gradient(hidden_ref).reshape(rows, hidden_ref.shape[-1]),
+        jax.lax.stop_gradient(embedding_ref),
+        _inverse_temperature(temperature, shape),
+        chunks,
+    )
+    return kl.reshape(shape)
+
+
+def _hidden_and_embedding(hidden: ArrayLike, embedding: ArrayLike, suffix: str = "") -> tuple[Array, Array]:
+    """The two as arrays that fit each other."""
+    hidden = require_float("hidden" + suffix, hidden)
+    embedding = require_float("embedding" + suffix, embedding)
+    require_rank("hidden" + suffix, hidden, 1, "[..., D]")
+    if embedding.ndim != 2 or embedding.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"embedding{suffix} must have shape [V, D] with D = {hidden.shape[-1]}, the width of "
+            f"hidden{suffix}, got {describe(embedding)}"
+        )
+    # Under `shard_map` the gradient of a replicated embedding varies over devices, as the rows do. This zero
+    # marks the embedding as varying too, and JAX itself then adds the sum over devices, outside of `_rows`.
+    return hidden, embedding + jnp.zeros_like(hidden, shape=(), dtype=embedding.dtype)
+
+
+def _inverse_temperature(temperature: ArrayLike, shape: tuple[int, ...]) -> Array:
+    temperature = as_number("temperature", temperature, jnp.shape(temperature))
+    return (1 / jnp.broadcast_to(temperature, shape)).reshape(-1)
+
+
+def _chunks(rows: int, chunk_size: int | None, logits_per_row: int) -> int:
     """Number of chunks: the least that suffices or, below twice that, the next that divides the rows.
 
     Rows are padded to a multiple of it; a divisor needs no padding, which would shift rows between devices.
     """
+    if chunk_size is None:
+        chunk_size = max(CHUNK_LOGITS // logits_per_row, CHUNK_ROWS)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     least = max(1, -(-rows // chunk_size))
     return next((n for n in range(least, 2 * least) if rows % n == 0), least)
 
@@ -133,8 +193,75 @@ def _rows_backward(chunks, residuals, cotangents):
         return d_hidden_CD, _matmul("cv,cd->vd", d_logits_CV, hidden_CD)
 
     hidden_ND, rows = rows[0], (rows, entropy_N, log_normaliser_N, *cotangents)
+    d_hidden_ND, d_embedding_VD = _over_chunks(of_chunk, hidden_ND, embedding_VD, rows, logits_NV, chunks)
+    return d_hidden_ND, d_embedding_VD, None, None
+
+
+_rows = jax.custom_vjp(_rows_value, nondiff_argnums=(4,))
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def _kl_rows_value(
+    hidden_ND: Array,
+    embedding_VD: Array,
+    hidden_ref_NE: Array,
+    embedding_ref_VE: Array,
+    inverse_temperature_N: Array,
+    chunks: int,
+) -> Array:
+    arguments = (hidden_ND, embedding_VD, hidden_ref_NE, embedding_ref_VE, inverse_temperature_N)
+    return _kl_rows_forward(*arguments, chunks)[0]
+
+
+def _kl_rows_forward(hidden_ND, embedding_VD, hidden_ref_NE, embedding_ref_VE, inverse_temperature_N, chunks):
+    def of_chunk(rows):
+        logp_CV, log_ratio_CV = _log_ratio(rows, embedding_VD, embedding_ref_VE)
+        # Equal policies may differ by rounding, but a divergence is never negative.
+        return jnp.maximum(jnp.sum(jnp.exp(logp_CV) * log_ratio_CV, axis=-1), 0), (logp_CV, log_ratio_CV)
+
+    rows = (hidden_ND, hidden_ref_NE, inverse_temperature_N)
     if chunks == 1:
-        d_hidden_ND, d_embedding_VD = of_chunk(rows, logits_NV)
+        kl_N, kept = of_chunk(rows)
+    else:
+        kl_N = _join(jax.lax.map(lambda rows: of_chunk(rows)[0], _split(rows, chunks)), hidden_ND.shape[0])
+        kept = None
+    return kl_N, (rows, embedding_VD, embedding_ref_VE, kl_N, kept)
+
+
+def _kl_rows_backward(chunks, residuals, d_kl_N):
+    rows, embedding_VD, embedding_ref_VE, kl_N, kept = residuals
+
+    def of_chunk(rows, kept=None):
+        (hidden_CD, _, inverse_temperature_C), kl_C, d_kl_C = rows
+        logp_CV, log_ratio_CV = kept or _log_ratio(rows[0], embedding_VD, embedding_ref_VE)
+        # d KL / d logit = p (log p / q - KL)
+        weight_C = d_kl_C * inverse_temperature_C
+        d_logits_CV = weight_C[:, None] * jnp.exp(logp_CV) * (log_ratio_CV - kl_C[:, None])
+        d_logits_CV = d_logits_CV.astype(jnp.result_type(hidden_CD, embedding_VD))
+        d_hidden_CD = _matmul("cv,vd->cd", d_logits_CV, embedding_VD).astype(hidden_CD.dtype)
+        return d_hidden_CD, _matmul("cv,cd->vd", d_logits_CV, hidden_CD)
+
+    hidden_ND, rows = rows[0], (rows, kl_N, d_kl_N)
+    d_hidden_ND, d_embedding_VD = _over_chunks(of_chunk, hidden_ND, embedding_VD, rows, kept, chunks)
+    return d_hidden_ND, d_embedding_VD, None, None, None
+
+
+_kl_rows = jax.custom_vjp(_kl_rows_value, nondiff_argnums=(5,))
+_kl_rows.defvjp(_kl_rows_forward, _kl_rows_backward)
+
+
+def _log_ratio(rows, embedding_VD: Array, embedding_ref_VE: Array) -> tuple[Array, Array]:
+    """log p and log p - log q, each [C, V]."""
+    hidden_CD, hidden_ref_CE, inverse_temperature_C = rows
+    logp_CV = jax.nn.log_softmax(_logits(hidden_CD, embedding_VD, inverse_temperature_C))
+    logp_ref_CV = jax.nn.log_softmax(_logits(hidden_ref_CE, embedding_ref_VE, inverse_temperature_C))
+    return logp_CV, logp_CV - logp_ref_CV
+
+
+def _over_chunks(of_chunk, hidden_ND, embedding_VD, rows, kept, chunks):
+    """Gradients of hidden and embedding: `of_chunk(rows, kept)` gives a chunk's, the embedding's are added."""
+    if chunks == 1:
+        d_hidden_ND, d_embedding_VD = of_chunk(rows, kept)
     else:
 
         def step(d_embedding_VD, rows):
@@ -144,11 +271,7 @@ def _rows_backward(chunks, residuals, cotangents):
         zeros_VD = jnp.zeros_like(embedding_VD, dtype=_accumulator(hidden_ND, embedding_VD))
         d_embedding_VD, d_hidden = jax.lax.scan(step, zeros_VD, _split(rows, chunks))
         d_hidden_ND = _join(d_hidden, hidden_ND.shape[0])
-    return d_hidden_ND, d_embedding_VD.astype(embedding_VD.dtype), None, None
-
-
-_rows = jax.custom_vjp(_rows_value, nondiff_argnums=(4,))
-_rows.defvjp(_rows_forward, _rows_backward)
+    return d_hidden_ND, d_embedding_VD.astype(embedding_VD.dtype)
 
 
 def _logits(hidden_CD: Array, embedding_VD: Array, inverse_temperature_C: Array) -> Array:
