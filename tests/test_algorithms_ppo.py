@@ -404,8 +404,11 @@ def test_update_is_traced_once(params, rollout):
 def test_vmapped_configs_and_seeds_equal_separate_runs(params, rollout):
     """Every float of the configuration may be an array: a sweep is one program."""
     floats = {f.name: f.default for f in dataclasses.fields(PPO) if isinstance(f.default, float)}
-    base = PPO(epochs=2, minibatches=2, kl_target=1.0, entropy_coefficient=0.01)
     floats |= {"kl_target": 1.0, "entropy_coefficient": 0.01}
+    floats |= {"dual_clip": 1.5, "critic_lam": 0.9, "reward_clip": 1.5, "advantage_clip": 1.5}
+    optional = {f.name for f in dataclasses.fields(PPO) if "float | None" in str(f.type)}
+    assert optional - set(floats) == {"ptx_coefficient"}, "an option that no sweep has tried"
+    base = PPO(epochs=2, minibatches=2)
     rollout = with_behaviour(rollout, params)
 
     def run(values, key):

@@ -4,8 +4,8 @@ update)`.
 They see numbers, not networks: a function `evaluate(params, inputs)` stands for the model.
 """
 
-from rlhfjax.algorithms import ppo, reward_model, sft
+from rlhfjax.algorithms import dpo, grpo, kto, ppo, reward_model, sft
 from rlhfjax.algorithms.algorithm import Algorithm
 from rlhfjax.algorithms.optimizers import make_optimizer
 
-__all__ = ["Algorithm", "make_optimizer", "ppo", "reward_model", "sft"]
+__all__ = ["Algorithm", "dpo", "grpo", "kto", "make_optimizer", "ppo", "reward_model", "sft"]

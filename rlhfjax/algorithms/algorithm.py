@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhfjax.ops import k1, k2, k3
+
 PyTree = Any
 Sums = dict[str, jax.Array]
 
@@ -29,12 +31,55 @@ class Algorithm(NamedTuple):
     update: Callable[[Any, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
 
 
+class Evaluation(NamedTuple):
+    """What a policy-gradient algorithm needs to know of a model at the actions of a batch, all of their shape.
+
+    `evaluate(params, inputs)` returns it, or a plain tuple of the first two or three; with the exact KL it is
+    `evaluate(params, inputs, reference)`, the last being the parameters of the reference policy.
+    """
+
+    logp: jax.Array  # float, log-probability of the action taken, nats
+    entropy: jax.Array  # float, entropy of the distribution it was drawn from, nats
+    value: jax.Array | None = None  # float, V(s) of the state it was chosen in; None: no critic
+    kl: jax.Array | None = None  # float, exact KL(policy || reference) over all actions there, nats
+
+
 class State(NamedTuple):
     """All that plain gradient descent needs to go on."""
 
     params: PyTree
     opt_state: PyTree
     step: jax.Array  # int32 [], updates made
+
+
+_KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def check_kl(placement: str, estimator: str) -> None:
+    """Raises ValueError on an unknown choice, and on k1 in the loss."""
+    if placement not in ("reward", "loss"):
+        raise ValueError(f'kl_placement={placement!r} is unknown; choose "reward" or "loss"')
+    if estimator not in (*_KL_ESTIMATORS, "exact"):
+        raise ValueError(f'kl_estimator={estimator!r} is unknown; choose "k1", "k2", "k3" or "exact"')
+    if placement == "loss" and estimator == "k1":
+        raise ValueError(
+            'kl_estimator="k1" in the loss does nothing: its gradient, that of log pi at samples of pi, has mean '
+            'zero, so it would only add noise; choose "k2" (the gradient of KL(pi || ref)), "k3" (that of '
+            'KL(ref || pi)) or "exact", or kl_placement="reward"'
+        )
+
+
+def estimate_kl(
+    estimator: str, logp: jax.Array, logp_ref: jax.Array | None, exact: jax.Array | None
+) -> jax.Array:
+    """What `estimator` ("k1", "k2", "k3" or "exact") makes of each action, nats; see `rlhfjax.ops.kl`.
+
+    Raises ValueError where what it is made of is None.
+    """
+    name, source = ("the exact KL", exact) if estimator == "exact" else ("logp_ref", logp_ref)
+    if source is None:
+        raise ValueError(f'kl_estimator="{estimator}" needs {name} at every action, which is None')
+    return source if estimator == "exact" else _KL_ESTIMATORS[estimator](logp, source)
 
 
 def initial_state(params: PyTree, optimizer: optax.GradientTransformation) -> State:
