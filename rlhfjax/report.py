@@ -38,6 +38,15 @@ class CalibrationBin(NamedTuple):
     )
 
 
+class MarginBin(NamedTuple):
+    """Pairs whose margin, told by the judge, fell between two edges, and how a model did on them."""
+
+    low: float  # least and greatest margin in the bin, in the judge's unit
+    high: float
+    count: int
+    accuracy: Interval  # share in which the model prefers the same one, with its Wilson interval
+
+
 class Table(NamedTuple):
     """Rows of cells, each of the header's length. A cell holds any value; text is escaped when written."""
 
@@ -119,11 +128,11 @@ def paired_difference_interval(
     return bootstrap_interval(left - right, seed, confidence=confidence, resamples=resamples)
 
 
-def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> Interval:
+def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> Interval:
     """The interval of a share (Wilson 1927): sensible also for few trials and for shares of 0 and 1.
 
     Args:
-      successes, trials: counts, 0 <= successes <= trials and trials > 0.
+      successes, trials: counts, 0 <= successes <= trials and trials > 0. A tie may count as half a success.
       z: half-width in standard errors; the default gives 95 %.
     """
     if not 0 <= successes <= trials or trials == 0:
@@ -176,6 +185,49 @@ def calibration_error(bins: Sequence[CalibrationBin]) -> float:
     filled = [entry for entry in bins if entry.count]
     total = sum(entry.count for entry in filled)
     return sum(entry.count * abs(entry.observed.value - entry.predicted) for entry in filled) / total
+
+
+def accuracy_by_margin(difference: Any, margin: Any, *, bins: int = 5) -> list[MarginBin]:
+    """Accuracy of a reward model on pairs that are easy and pairs that are hard, as the judge's margin tells.
+
+    A model is expected to be right about pairs far apart and no better than chance about those nearly equal;
+    where it fails on the former, the mean accuracy hides it.
+
+    Args:
+      difference: [N] score of one completion of a pair above the other's, by the model. 0 counts half.
+      margin: [N] the same difference by the judge: of a gold score, or of ratings (how much better). Pairs of
+        margin 0 have no better completion and are left out.
+      bins: groups of about equal numbers, by the size of the margin. Equal margins are never parted, so few
+        grades give fewer bins.
+
+    Returns:
+      The bins from the hardest pairs on. Their intervals take pairs as independent: with several pairs of one
+      prompt they are too narrow.
+
+    Raises:
+      ValueError: unequal lengths, a NaN or infinite item, bins below 1, or no pair with a margin.
+    """
+    predicted, judged = _finite_vector(difference, "difference"), _finite_vector(margin, "margin")
+    if predicted.shape != judged.shape:
+        raise ValueError(f"difference has {predicted.size} items and margin {judged.size}")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, not {bins}")
+    kept = judged != 0
+    if not kept.any():
+        raise ValueError("every margin is 0: there is no better completion to agree on")
+    size = np.abs(judged[kept])
+    agreement = 0.5 * (1.0 + np.sign(predicted[kept]) * np.sign(judged[kept]))
+    # By rank, not by value; all of one size go where the first of them goes.
+    first = np.searchsorted(np.sort(size), size, side="left")
+    place = first * bins // size.size
+    found = []
+    for index in np.unique(place):
+        inside = place == index
+        share = wilson_interval(float(agreement[inside].sum()), int(inside.sum()))
+        found.append(
+            MarginBin(float(size[inside].min()), float(size[inside].max()), int(inside.sum()), share)
+        )
+    return found
 
 
 def markdown_table(table: Table) -> str:

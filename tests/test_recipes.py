@@ -22,6 +22,7 @@ from rlhfjax.recipes import (
     make_reward_model,
     make_rlhf,
     packed_logp,
+    ppo_batch,
     text_actor_critic,
 )
 
@@ -143,7 +144,7 @@ def test_actor_critic_equals_one_forward_per_completion(shared_trunk):
     mask = np.asarray(branches.completion_mask_BGC)
     trunk = POLICY if shared_trunk else TRUNK
     expected = expected_actor_critic(POLICY, trunk, HEAD, branches, TEMPERATURE)
-    for name, ours, theirs in zip(("logp", "entropy", "value"), got, expected, strict=True):
+    for name, ours, theirs in zip(("logp", "entropy", "value"), got[:3], expected, strict=True):
         assert ours.dtype == jnp.float32
         np.testing.assert_allclose(np.asarray(ours)[mask], theirs, atol=1e-4, err_msg=name)
     logp = jax.jit(partial(completion_logp, LM))(POLICY, branches, TEMPERATURE)
@@ -191,7 +192,8 @@ def test_padding_changes_nothing():
     )
     mask, wide_mask = np.asarray(branches.completion_mask_BGC), np.asarray(wider.completion_mask_BGC)
     evaluate = jax.jit(text_actor_critic(LM))
-    for ours, theirs in zip(evaluate(ACTOR_CRITIC, branches), evaluate(ACTOR_CRITIC, wider), strict=True):
+    evaluations = (evaluate(ACTOR_CRITIC, x)[:3] for x in (branches, wider))
+    for ours, theirs in zip(*evaluations, strict=True):
         np.testing.assert_allclose(np.asarray(ours)[mask], np.asarray(theirs)[wide_mask], atol=2e-5)
     reward_params = init_reward_model(jax.random.key(0), TRUNK, WIDTH)
     for pool in ("last", "mean"):
@@ -231,7 +233,7 @@ def compose(algorithm=ALGORITHM, reward=reward_on_device, missing_eos_penalty: f
     return make_rlhf(
         LM,
         algorithm,
-        text_actor_critic(LM, temperature=TEMPERATURE),
+        ppo_batch(LM, text_actor_critic(LM, temperature=TEMPERATURE), temperature=TEMPERATURE),
         reward=reward,
         samples=SAMPLES,
         max_new_tokens=LENGTH,
@@ -379,6 +381,27 @@ def test_what_the_algorithm_is_given(generation, penalty):
     np.testing.assert_allclose(np.asarray(rollout.logp_ref)[mask], logp_ref, atol=1e-4)
     np.testing.assert_allclose(np.asarray(rollout.value)[mask], value, atol=1e-4)
     np.testing.assert_allclose(np.asarray(rollout.logp)[mask], logp, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_a_score_that_is_not_finite_stays_so_without_an_end(generation, bad):
+    """The penalty for a missing end replaces rewards, not the news that there is none."""
+    score, finished = reward_on_host(generation), np.asarray(generation.finished_BG)
+    unfinished = tuple(np.argwhere(~finished)[0])
+    score[unfinished] = bad
+    rollout, metrics = learn_spy(generation, score, -3.0)
+    reward, mask = np.asarray(rollout.reward), np.asarray(rollout.mask)
+    last = np.flatnonzero(mask[unfinished])[-1]
+    np.testing.assert_array_equal(reward[unfinished][last], bad)
+    others = [i for i in np.argwhere(~finished).tolist() if tuple(i) != unfinished]
+    assert others
+    for b, g in others:
+        assert reward[b, g][mask[b, g]][-1] == -3.0
+    _, of_update = jax.jit(compose(missing_eos_penalty=-3.0).learn)(
+        start(), FROZEN, make_prompts(), generation, score, jax.random.key(0)
+    )
+    assert float(of_update["reward/nonfinite"]) == 1.0
+    assert all(np.isfinite(float(x)) for x in (metrics | of_update).values())
 
 
 def test_iterate_without_a_reward_says_what_to_call():

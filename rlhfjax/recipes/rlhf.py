@@ -1,4 +1,4 @@
-"""One iteration of RLHF on text: rollout -> reward -> advantages -> epochs of updates.
+"""One iteration of RLHF on text: rollout -> reward -> batch -> update, by whichever algorithm.
 
 With a reward on the device the iteration is one compiled program, `iterate`. With a reward on the host (Python,
 strings) it is two, `rollout` and `learn`, with the score computed between them; `iterate` is nothing but their
@@ -8,17 +8,17 @@ Shapes: B prompts, G samples of each, P prompt length, C completion length.
 """
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rlhfjax.algorithms.algorithm import Algorithm
-from rlhfjax.algorithms.ppo import Rollout
 from rlhfjax.generation import Generation, Sampling, generate, sample_keys
 from rlhfjax.networks import Branches, LanguageModel
-from rlhfjax.ops import end_of_sequence_reward, masked_mean
-from rlhfjax.recipes.text import completion_logp
+from rlhfjax.ops import masked_mean
+from rlhfjax.recipes.batches import AsBatch
 
 
 class Prompts(NamedTuple):
@@ -41,7 +41,7 @@ class Experience(NamedTuple):
 
     branches: Branches
     generation: Generation
-    score_BG: jax.Array  # float32, the reward of the whole completion
+    score_BG: jax.Array  # float32, the reward of the whole completion; [B, G, R] where there are several
 
 
 class RLHF(NamedTuple):
@@ -61,7 +61,7 @@ class RLHF(NamedTuple):
 def make_rlhf(
     lm: LanguageModel,
     algorithm: Algorithm,
-    evaluate: Callable[[Any, Branches], tuple[jax.Array, jax.Array, jax.Array]],
+    as_batch: AsBatch,
     *,
     reward: Callable[[Any, Branches], jax.Array] | None = None,
     samples: int,
@@ -69,52 +69,55 @@ def make_rlhf(
     stop_tokens: tuple[int, ...],
     temperature: float = 1.0,
     missing_eos_penalty: float | None = None,
+    greedy: bool = False,
+    policy: Callable[[Any], dict] = itemgetter("policy"),
 ) -> RLHF:
     """Composes an iteration.
 
     Args:
-      algorithm, evaluate: e.g. `ppo.make(evaluate, ...)` with `evaluate = text_actor_critic(lm)`; its state's params
-        hold the sampling policy under "policy".
-      reward: `reward(params, branches) -> float [B, G]` on the device. None: scores come from the host, to `learn`.
+      algorithm: e.g. `ppo.make(evaluate, ...)` with `evaluate = text_actor_critic(lm)`.
+      as_batch: `as_batch(state, frozen, branches, generation, score) -> batch` of the algorithm, e.g.
+        `ppo_batch(lm, evaluate)` or `grpo_batch(lm)`; see `rlhfjax.recipes.batches`.
+      reward: `reward(params, branches) -> float [B, G]`, or [B, G, R] for several rewards, on the device. None:
+        scores come from the host, to `learn`.
       samples: completions of each prompt, G.
       missing_eos_penalty: the score of a completion that no stop token ended, in place of its reward ("EOS trick",
         arXiv 2403.17031); None leaves its reward.
+      greedy: one more completion of each prompt, the last, is decoded greedily, for a baseline (ReMax). It is scored,
+        and counted in no metric.
+      policy: the language model's params among the algorithm's: the entry "policy", or `lambda params: params`.
 
-    A score that is not finite is never trained on: its completion is masked out, and counted in "reward/nonfinite".
+    A score that is not finite is never trained on, finished or not: its completion is masked out, and counted in
+    "reward/nonfinite" (by `ppo` and `grpo`).
     """
 
     def rollout(state, prompts: Prompts, key: jax.Array) -> Generation:
+        sampling, drawn = Sampling(temperature), samples
+        if greedy:
+            drawn = samples + 1
+            last_G = jnp.arange(drawn) == samples
+            sampling = Sampling(jnp.tile(jnp.where(last_G, 0.0, temperature), prompts.index_B.shape[0]))
         return generate(
             lm,
-            state.params["policy"],
+            policy(state.params),
             prompts.token_BP,
             prompts.mask_BP,
-            sample_keys(key, prompts.index_B, samples),
+            sample_keys(key, prompts.index_B, drawn),
             max_new_tokens=max_new_tokens,
             stop_tokens=stop_tokens,
-            sampling=Sampling(temperature),
+            sampling=sampling,
         )
 
     def learn(
-        state, frozen: Frozen, prompts: Prompts, generation: Generation, score_BG: jax.Array, key: jax.Array
+        state, frozen: Frozen, prompts: Prompts, generation: Generation, score: jax.Array, key: jax.Array
     ):
         branches = as_branches(prompts, generation)
-        _, _, value = evaluate(state.params, branches)
-        batch = Rollout(
-            inputs=branches,
-            logp=generation.logp_BGC,
-            logp_ref=completion_logp(lm, frozen.reference, branches, temperature),
-            value=value,
-            reward=end_of_sequence_reward(
-                score_BG,
-                generation.mask_BGC,
-                finished=generation.finished_BG,
-                missing_eos_penalty=missing_eos_penalty,
-            ),
-            mask=generation.mask_BGC,
+        batch = as_batch(
+            state, frozen, branches, generation, _penalised(score, generation, missing_eos_penalty)
         )
         state, metrics = algorithm.update(state, batch, key)
-        return state, metrics | _completion_metrics(generation, score_BG)
+        sampled = Generation(*(x[:, :samples] for x in generation))
+        return state, metrics | _completion_metrics(sampled, score[:, :samples])
 
     def iterate(state, frozen: Frozen, prompts: Prompts, key: jax.Array):
         if reward is None:
@@ -135,13 +138,24 @@ def as_branches(prompts: Prompts, generation: Generation) -> Branches:
     return Branches(prompts.token_BP, prompts.mask_BP, generation.token_BGC, generation.mask_BGC)
 
 
-def _completion_metrics(generation: Generation, score_BG: jax.Array) -> dict[str, jax.Array]:
+def _penalised(score: jax.Array, generation: Generation, missing_eos_penalty: float | None) -> jax.Array:
+    """The score, replaced where no stop token ended the completion; one that is not finite stays what it is."""
+    score = jnp.asarray(score)
+    if missing_eos_penalty is None:
+        return score
+    finished = generation.finished_BG
+    finished = finished if score.ndim == 2 else jnp.broadcast_to(finished[..., None], score.shape)
+    return jnp.where(finished | ~jnp.isfinite(score), score, missing_eos_penalty)
+
+
+def _completion_metrics(generation: Generation, score: jax.Array) -> dict[str, jax.Array]:
+    """Of several rewards, "objective/score" is that of all of them alike."""
     length_BG = jnp.sum(generation.mask_BGC, axis=2, dtype=jnp.float32)
-    finite = jnp.isfinite(score_BG)
-    mean = masked_mean(score_BG, finite)
+    finite = jnp.isfinite(score)
+    mean = masked_mean(score, finite)
     return {
         "objective/score": mean,
-        "objective/score_std": jnp.sqrt(masked_mean(jnp.square(score_BG - mean), finite)),
+        "objective/score_std": jnp.sqrt(masked_mean(jnp.square(score - mean), finite)),
         "completions/mean_length": jnp.mean(length_BG),
         "completions/finished": jnp.mean(generation.finished_BG.astype(jnp.float32)),
         "completions/padding": 1.0 - jnp.mean(generation.mask_BGC.astype(jnp.float32)),

@@ -7,17 +7,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from rlhfjax.algorithms.algorithm import Evaluation
 from rlhfjax.networks import (
     Branches,
     LanguageModel,
     branch_hidden,
     causal_mask,
-    init_scalar_head,
     scalar_head,
 )
-from rlhfjax.ops import masked_mean, token_logprobs
+from rlhfjax.ops import token_kl, token_logprobs
 
 
 class PackedInputs(NamedTuple):
@@ -49,55 +48,44 @@ def completion_logp(
 
 
 def text_actor_critic(
-    lm: LanguageModel, *, temperature: float = 1.0, shared_trunk: bool = False
-) -> Callable[[dict, Branches], tuple[jax.Array, jax.Array, jax.Array]]:
-    """`evaluate` of PPO on text: (logp, entropy, value), each float32 [B, G, C].
+    lm: LanguageModel, *, temperature: jax.Array | float = 1.0, shared_trunk: bool = False
+) -> Callable[..., Evaluation]:
+    """`evaluate` of PPO on text: `(params, branches) -> Evaluation(logp, entropy, value)`, each float32 [B, G, C].
 
     Params: {"policy": LM params, "critic": {"trunk": LM params, "head"}}; with `shared_trunk` the critic has no trunk
     and its head reads the policy's hidden states. The value of an action is that of the state it is chosen in.
     `temperature` is that of the rollout: behaviour, current and reference policies must share it.
+
+    A critic usually begins as the reward model (arXiv 2403.17031): its trunk, which has learnt what is rewarded, and
+    a head at zero, `init_scalar_head(key, width, scale=0.0)`; the reward model's own head speaks of whole completions
+    and is far off for begun ones (arXiv 2503.01491), unless `critic_warmup` comes first.
+
+    Given a third argument, the reference's LM params, it evaluates that too, for the exact KL(policy || reference)
+    over the vocabulary at every action: a second forward pass, and logits of both. The reference gets no gradient.
     """
 
-    def evaluate(params: dict, branches: Branches):
+    def evaluate(params: dict, branches: Branches, reference: dict | None = None) -> Evaluation:
         policy, critic = params["policy"], params["critic"]
         before, _ = branch_hidden(lm, policy, branches)
         logp, entropy = token_logprobs(
             before, lm.embedding(policy), branches.completion_BGC, temperature=temperature
         )
+        kl = None
+        if reference is not None:
+            before_ref, _ = branch_hidden(lm, reference, branches)
+            kl = token_kl(
+                before, lm.embedding(policy), before_ref, lm.embedding(reference), temperature=temperature
+            )
         if not shared_trunk:
             before, _ = branch_hidden(lm, critic["trunk"], branches)
-        return logp, entropy, scalar_head(critic["head"], before)
+        return Evaluation(logp, entropy, scalar_head(critic["head"], before), kl)
 
     return evaluate
 
 
-def init_reward_model(key: jax.Array, trunk: dict, width: int) -> dict:
-    """Reward-model params from a language model's: the trunk, a scalar head N(0, 1/sqrt(d+1)), gain 1 and bias 0."""
-    head = init_scalar_head(key, width)
-    return {"trunk": trunk, "head": head, "gain": jnp.ones(()), "bias": jnp.zeros(())}
+def policy_parameters(params: dict) -> dict:
+    """`is_policy` of `ppo.make` for `text_actor_critic`: what `critic_warmup` holds.
 
-
-def make_reward_model(lm: LanguageModel, *, pool: str = "last") -> Callable[[dict, Branches], jax.Array]:
-    """`evaluate` of reward learning, and the reward of `make_rlhf`: a score per completion, float32 [B, G].
-
-    The head reads the hidden state at the completion's last token ("last", the field's standard), or the mean over
-    its tokens ("mean"). `gain` and `bias` normalise the score and get no gradient. An empty completion is an error of
-    the caller: its score is that of position 0.
+    With a shared trunk that is the trunk too, and the critic's head alone warms up.
     """
-    if pool not in ("last", "mean"):
-        raise ValueError(f'reward-model pool={pool!r} is unknown; choose "last" or "mean"')
-
-    def evaluate(params: dict, branches: Branches) -> jax.Array:
-        _, after_BGCD = branch_hidden(lm, params["trunk"], branches)
-        mask_BGC = branches.completion_mask_BGC
-        if pool == "last":
-            last_BG = jnp.maximum(jnp.sum(mask_BGC, axis=2, dtype=jnp.int32) - 1, 0)
-            score = scalar_head(
-                params["head"], jnp.take_along_axis(after_BGCD, last_BG[:, :, None, None], axis=2)[:, :, 0]
-            )
-        else:
-            score = masked_mean(scalar_head(params["head"], after_BGCD), mask_BGC, axis=2)
-        gain, bias = jax.lax.stop_gradient((params["gain"], params["bias"]))
-        return gain * score + bias
-
-    return evaluate
+    return {name: name == "policy" for name in params}

@@ -1,17 +1,41 @@
-"""Reward functions: on the host (texts in, numbers out) and on the device (arrays in, array out)."""
+"""Reward functions: on the host (texts in, numbers out), on the device (arrays in, array out), and learned."""
 
 from rlhfjax.rewards.device import WordTable, length_reward, word_count, word_table
 from rlhfjax.rewards.host import HostReward, score_on_host
+from rlhfjax.rewards.learned import (
+    ensemble_disagreement,
+    ensemble_mean,
+    ensemble_reward,
+    ensemble_scores,
+    ensemble_worst,
+    mean_minus_std,
+    mean_minus_variance,
+    solution_score,
+    step_ends,
+    step_reward,
+    worst_step_score,
+)
 from rlhfjax.rewards.rouge import rouge_l, rouge_l_reward, rouge_n
 
 __all__ = [
     "HostReward",
     "WordTable",
+    "ensemble_disagreement",
+    "ensemble_mean",
+    "ensemble_reward",
+    "ensemble_scores",
+    "ensemble_worst",
     "length_reward",
+    "mean_minus_std",
+    "mean_minus_variance",
     "rouge_l",
     "rouge_l_reward",
     "rouge_n",
     "score_on_host",
+    "solution_score",
+    "step_ends",
+    "step_reward",
     "word_count",
     "word_table",
+    "worst_step_score",
 ]
