@@ -57,10 +57,9 @@ def run(config: Config, folder) -> dict[str, float]:
         del rows
         return np.asarray([[-abs(len(x.split()) - config.words) for x in xs] for xs in texts], np.float64)
 
-    critic = policy.make_critic(reference, loaded.lm.config.width)
-    tuned = policy.optimise_policy(
-        config.ppo, loaded, reference, critic, reward, None, train, rl_rows, folder, gold=gold
-    )
+    problem = policy.Problem(loaded, reference, reward, None, train, rl_rows, gold)
+    learner = policy.ppo_learner(config.ppo, problem, reference)
+    tuned = policy.optimise_policy("ppo", config.ppo, learner, problem, folder)
     found = evaluation.evaluate_policies(
         config.evaluation,
         loaded,

@@ -133,10 +133,11 @@ def run_once(
         start = time.perf_counter()
         arrays, metrics, rows = compute()
         arrays = {key: np.asarray(value) for key, value in jax.device_get(dict(arrays)).items()}
-        values = {key: plain_number(value) for key, value in jax.device_get(dict(metrics)).items()}
+        fetched = jax.device_get(dict(metrics))
+        values = {key: plain_number(fetched[key]) for key in metrics}
         _log(name, 0, folder, values, {"seconds": time.perf_counter() - start})
         folder.log_samples(name, 0, rows)
-        view.update(1, values, True)
+        view.update(1, dict(list(values.items())[:COLUMNS_BY_DEFAULT]), True)
         view.samples(name, rows[:SAMPLES_SHOWN])
         folder.sync()
         _save_arrays(path, arrays)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDTH_WHEN_PIPED = 100  # columns of a sample table in a log file
+NARROWEST = 18  # columns that a text needs to be read
+NUMBERS_AT_THE_END = 16  # of a summary; the file has them all
 
 
 class StageView(NamedTuple):
@@ -89,7 +91,7 @@ def sample_table(
     console: "Console | None" = None,
     longest: int = 400,
 ) -> None:
-    """Prints `rows` as a table, a column per key of the first row (prompt, before, after, reward...).
+    """Prints `rows` as a table, a column per key of the first row (prompt, before, after, reward...), as many as fit.
 
     Texts come from a model or a data set, so they are printed literally: no markup is read in them, control
     characters are shown as escapes, and a text of more than `longest` characters is cut with an ellipsis.
@@ -99,15 +101,19 @@ def sample_table(
     from rich.table import Table
     from rich.text import Text
 
+    console = console or make_console()
+    columns = list(rows[0])[: max(3, console.width // NARROWEST)]
+    if len(columns) < len(rows[0]):
+        title = f"{title} ({len(rows[0]) - len(columns)} more columns in samples.jsonl)"
     table = Table(title=Text(printable(title)), show_lines=True, expand=True)
-    for column in rows[0]:
+    for column in columns:
         numeric = isinstance(rows[0][column], float | int)
         table.add_column(
             Text(printable(str(column))), justify="right" if numeric else "left", ratio=None if numeric else 1
         )
     for row in rows:
-        table.add_row(*(Text(_cell(row.get(column, ""), longest)) for column in rows[0]))
-    (console or make_console()).print(table)
+        table.add_row(*(Text(_cell(row.get(column, ""), longest)) for column in columns))
+    console.print(table)
 
 
 def printable(text: str) -> str:
@@ -120,13 +126,16 @@ def printable(text: str) -> str:
 
 def closing_lines(folder: RunFolder, summary: Mapping[str, float]) -> str:
     """The last lines of a run: its final numbers, where everything lies, and what to type next."""
-    width = max((len(name) for name in summary), default=0)
-    numbers = [f"  {name:<{width}}  {format_number(float(value))}" for name, value in summary.items()]
+    shown = dict(list(summary.items())[:NUMBERS_AT_THE_END])
+    width = max((len(name) for name in shown), default=0)
+    numbers = [f"  {name:<{width}}  {format_number(float(value))}" for name, value in shown.items()]
+    if len(shown) < len(summary):
+        numbers.append(f"  and {len(summary) - len(shown)} more in summary.json")
     files = [
         f"  {name:<{18}} {meaning}"
         for name, meaning in (
             ("report.md", "what happened, in words and figures"),
-            ("summary.json", "the numbers above"),
+            ("summary.json", "the final numbers"),
             ("metrics.jsonl", "every step of every stage"),
             ("samples.jsonl", "texts"),
         )

@@ -32,11 +32,13 @@ class Fault:
     test: str  # pytest node
 
     def plant(self, root: Path) -> str:
-        """Writes the fault into the copy at `root`; returns the text as it was. Raises ValueError if it is not there."""
+        """Writes the fault into the copy at `root`; returns the text as it was. Raises ValueError without a place."""
         path = root / self.file
         text = path.read_text()
         if text.count(self.find) != 1:
-            raise ValueError(f"{self.what}: {self.find!r} occurs {text.count(self.find)} times in {self.file}")
+            raise ValueError(
+                f"{self.what}: {self.find!r} occurs {text.count(self.find)} times in {self.file}"
+            )
         path.write_text(text.replace(self.find, self.replace))
         return text
 
@@ -50,18 +52,32 @@ def load() -> list[Fault]:
 def noticed(fault: Fault, root: Path) -> bool:
     """Whether the test fails on the fault. Raises RuntimeError where it does not run at all."""
     before = fault.plant(root)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "slow or not slow", "-o", "xfail_strict=true"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "slow or not slow",
+        "-o",
+        "xfail_strict=true",
+    ]
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     run = subprocess.run([*command, fault.test], cwd=root, env=environment, capture_output=True, text=True)
     (root / fault.file).write_text(before)
     if run.returncode not in (0, 1):  # 1: tests ran, and some failed
-        raise RuntimeError(f"{fault.what}: {fault.test} could not be run\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{fault.what}: {fault.test} could not be run\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
+        )
     return run.returncode == 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="*", help="run faults whose description or file contains one of these")
     words = parser.parse_args(arguments).words
     faults = [f for f in load() if not words or any(word in f.what or word in f.file for word in words)]

@@ -77,6 +77,16 @@ def test_samples_are_printed_literally():
     assert shown.count("x") < 420 and "…" in shown
 
 
+def test_a_table_shows_the_columns_that_fit_and_says_what_it_left_out():
+    screen = piped(width=90)
+    console.sample_table(
+        [{f"policy {i}": f"text {i}" for i in range(12)}], title="validation", console=screen
+    )
+    shown = shown_on(screen)
+    assert "text 4" in shown and "text 5" not in shown
+    assert "7 more columns in samples.jsonl" in shown
+
+
 def test_no_samples_no_table():
     screen = piped()
     console.sample_table([], console=screen)
@@ -93,6 +103,12 @@ def test_the_last_lines_say_where_and_what_next(tmp_path):
     assert "samples.jsonl" not in text  # it is empty
     assert "python experiments/run.py length --seed 4" in text
     assert f"--resume {folder.path}" in console.interrupted_lines(folder)
+
+
+def test_a_long_summary_is_cut_at_the_end_of_a_run(tmp_path):
+    folder = run_folder.create(tmp_path, "", experiment="length", seed=3)
+    text = console.closing_lines(folder, {f"number {i}": float(i) for i in range(20)})
+    assert "number 15 " in text and "number 16" not in text and "and 4 more in summary.json" in text
 
 
 def test_tracker_names_are_read_and_checked(monkeypatch):

@@ -28,6 +28,7 @@ from rlhfjax.recipes import (
     make_reward_model,
     make_rlhf,
     packed_logp,
+    ppo_batch,
     text_actor_critic,
 )
 
@@ -187,7 +188,7 @@ def ppo_iteration(sizes: Sizes, samples: int) -> Case:
     rlhf = make_rlhf(
         lm,
         algorithm,
-        evaluate,
+        ppo_batch(lm, evaluate),
         reward=make_reward_model(lm),
         samples=samples,
         max_new_tokens=completion,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from rlhfjax.config import PPO, SFT, Optimizer, RewardModel
+from rlhfjax.config import DPO, GRPO, PPO, SFT, Optimizer, RewardModel
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,107 @@ class PPOStage:
     algorithm: PPO = field(
         default_factory=lambda: PPO(kl_coefficient=0.2, epochs=1, minibatches=2, value_coefficient=0.5)
     )
-    optimizer: Optimizer = field(
-        default_factory=lambda: Optimizer(
-            learning_rate=1e-3,
-            warmup_steps=2,
-            b2=0.95,
-            muon=True,
-            muon_learning_rate=0.0025,
-            final_fraction=0.1,
+    optimizer: Optimizer = field(default_factory=lambda: _optimizer())
+
+
+def _optimizer(muon_learning_rate: float = 0.0025) -> Optimizer:
+    """What every method of policy optimisation starts from."""
+    return Optimizer(
+        learning_rate=0.4 * muon_learning_rate,
+        warmup_steps=2,
+        b2=0.95,
+        muon=True,
+        muon_learning_rate=muon_learning_rate,
+        final_fraction=0.1,
+    )
+
+
+@dataclass(frozen=True)
+class GRPOStage:
+    """A critic-free method against a reward on the device: GRPO, RLOO and their relatives."""
+
+    steps: int = 45
+    """Iterations: rollout, reward, update."""
+    prompts: int = 32
+    """Prompts in an iteration."""
+    samples: int = 4
+    """Completions of each prompt: a group."""
+    temperature: float = 0.7
+    """Temperature of the rollouts; policy, reference and behaviour share it."""
+    missing_eos_penalty: float | None = -3.0
+    """Score of a completion that did not end, in place of its reward; none: its reward stays."""
+    algorithm: GRPO = field(
+        default_factory=lambda: GRPO(
+            kl_coefficient=0.2, kl_placement="reward", kl_estimator="k1", aggregation="token", minibatches=2
         )
     )
+    optimizer: Optimizer = field(default_factory=_optimizer)
+
+
+def rloo_stage() -> GRPOStage:
+    """RLOO (arXiv 2402.14740): leave-one-out baseline, no clip, the KL in the score."""
+    algorithm = GRPO(
+        baseline="leave_one_out",
+        scale="none",
+        clip="none",
+        aggregation="constant",
+        length_constant=24.0,
+        kl_coefficient=0.2,
+        kl_placement="score",
+        kl_estimator="k1",
+        minibatches=2,
+    )
+    return GRPOStage(algorithm=algorithm)
+
+
+@dataclass(frozen=True)
+class DPOStage:
+    """Preference optimisation on the pairs that the reward model learns from; no reward, no sampling."""
+
+    steps: int = 64
+    """Optimiser steps."""
+    prompts: int = 32
+    """Prompts in a step, each with all pairs of its samples."""
+    temperature: float = 0.7
+    """Temperature of the policy's log-probabilities, that of the samples in the pairs."""
+    algorithm: DPO = field(default_factory=lambda: DPO(beta=0.2))
+    optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.001))
+
+
+@dataclass(frozen=True)
+class OnlineDPOStage:
+    """Preference optimisation on the policy's own samples, judged by the reward (arXiv 2402.04792)."""
+
+    steps: int = 45
+    """Iterations: rollout, reward, update."""
+    prompts: int = 32
+    """Prompts in an iteration."""
+    samples: int = 4
+    """Completions of each prompt; the best and the worst of them are the pair."""
+    temperature: float = 0.7
+    """Temperature of the rollouts and of the policy's log-probabilities."""
+    missing_eos_penalty: float | None = -3.0
+    """Score of a completion that did not end, in place of its reward; none: its reward stays."""
+    algorithm: DPO = field(default_factory=lambda: DPO(beta=0.2))
+    optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.001))
+
+
+@dataclass(frozen=True)
+class RAFTStage:
+    """Fine-tuning on the best of several samples, again and again (RAFT, arXiv 2304.06767; expert iteration)."""
+
+    steps: int = 45
+    """Iterations: rollout, choice, update."""
+    prompts: int = 32
+    """Prompts in an iteration."""
+    samples: int = 4
+    """Completions of each prompt, of which the best by the reward is learnt."""
+    temperature: float = 0.7
+    """Temperature of the rollouts and of the policy's log-probabilities."""
+    missing_eos_penalty: float | None = -3.0
+    """Score of a completion that did not end, in place of its reward; none: its reward stays."""
+    algorithm: SFT = field(default_factory=SFT)
+    optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.001))
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,8 @@ def evaluate_policies(
             )
         metrics = {
             f"{policy.name}/{field}": float(getattr(policy, field).mean())
-            for policy in found
             for field in _ARRAYS
+            for policy in found
         }
         return _to_arrays(found), metrics, _sample_rows(found, examples)
 
@@ -178,9 +178,13 @@ def _measure(label, out, temperatures, most, best_of: Sequence[int], scores, tex
 
 
 def _sample_rows(found: list[Policy], examples: Examples) -> list[dict[str, Any]]:
+    # Before and after side by side: a terminal may have room for the first columns only.
+    decodings = dict.fromkeys((found[0].name.split(", ", 1)[1], "greedy"))
+    first = [p for how in decodings for p in found if p.name.endswith(f", {how}")]
+    ordered = first + [p for p in found if p not in first]
     return [
         {"prompt": examples.prompts[b], "reference": examples.references[b]}
-        | {policy.name: policy.texts[b] for policy in found}
+        | {policy.name: policy.texts[b] for policy in ordered}
         for b in range(min(20, len(found[0].texts)))
     ]
 

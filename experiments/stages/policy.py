@@ -1,21 +1,39 @@
-"""PPO on text: the compiled iteration, its state, and what is logged of it."""
+"""Policy optimisation on the policy's own samples: the compiled iteration, its state, and what is logged of it."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.loop import Show, run_stage
-from experiments.stages.configs import PPOStage as Config
+from experiments.stages.configs import GRPOStage, OnlineDPOStage, PPOStage, RAFTStage
 from experiments.stages.text import Examples, Text
-from rlhfjax.algorithms import make_optimizer, ppo
+from rlhfjax.algorithms import Algorithm, dpo, grpo, make_optimizer, ppo, sft
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import batch_indices
 from rlhfjax.networks import init_scalar_head
-from rlhfjax.recipes import Experience, Frozen, make_rlhf, text_actor_critic
+from rlhfjax.recipes import (
+    AsBatch,
+    Experience,
+    Frozen,
+    best_of_samples,
+    best_worst_pairs,
+    grpo_batch,
+    judged_evaluate,
+    make_rlhf,
+    pair_evaluate,
+    policy_parameters,
+    ppo_batch,
+    text_actor_critic,
+    text_policy,
+)
 from rlhfjax.run_folder import RunFolder
+
+Config = PPOStage | GRPOStage | OnlineDPOStage | RAFTStage
 
 COLUMNS = {
     "objective/score": "reward",
@@ -23,8 +41,31 @@ COLUMNS = {
     "objective/kl": "KL",
     "policy/entropy": "entropy",
     "policy/clip_fraction": "clipped",
+    "pair/accuracy": "accuracy",
     "completions/mean_length": "length",
 }
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every method starts from."""
+
+    text: Text
+    reference: dict  # the fine-tuned policy
+    reward: Callable[[Any, Any], jax.Array]  # (params, branches) -> float [B, G]
+    reward_params: Any
+    examples: Examples
+    rows: np.ndarray  # the prompts to draw from
+    gold: Callable[[np.ndarray, list[list[str]]], np.ndarray]  # (rows, texts) -> [B, G], never learnt from
+
+
+class Learner(NamedTuple):
+    """A method: an algorithm, its batch, and where it starts."""
+
+    algorithm: Algorithm
+    as_batch: AsBatch
+    params: dict
+    policy: Callable[[Any], dict]  # the language model among the params
 
 
 def make_critic(trunk: dict, width: int) -> dict:
@@ -36,76 +77,109 @@ def make_critic(trunk: dict, width: int) -> dict:
     return {"trunk": trunk, "head": init_scalar_head(jax.random.key(0), width, scale=0.0)}
 
 
+def ppo_learner(config: PPOStage, problem: Problem, critic_trunk: dict) -> Learner:
+    """PPO, its critic on `critic_trunk`."""
+    lm, algorithm = problem.text.lm, config.algorithm
+    evaluate = text_actor_critic(lm, temperature=config.temperature, shared_trunk=config.shared_trunk)
+    critic = make_critic(critic_trunk, lm.config.width)
+    if config.shared_trunk:
+        critic = {"head": critic["head"]}
+    return Learner(
+        ppo.make(evaluate, _optimizer(config), algorithm, is_policy=policy_parameters),
+        ppo_batch(lm, evaluate, temperature=config.temperature, exact_kl=algorithm.kl_estimator == "exact"),
+        {"policy": problem.reference, "critic": critic},
+        itemgetter("policy"),
+    )
+
+
+def grpo_learner(config: GRPOStage, problem: Problem) -> Learner:
+    """GRPO and its relatives; baseline "given" is the reward of a greedy completion (ReMax)."""
+    algorithm = config.algorithm
+    evaluate = text_policy(problem.text.lm, temperature=config.temperature)
+    exact = algorithm.kl_coefficient is not None and algorithm.kl_estimator == "exact"
+    as_batch = grpo_batch(
+        problem.text.lm,
+        temperature=config.temperature,
+        exact_kl=evaluate if exact else None,
+        greedy=_greedy(config),
+    )
+    return Learner(grpo.make(evaluate, _optimizer(config), algorithm), as_batch, problem.reference, _whole)
+
+
+def online_dpo_learner(config: OnlineDPOStage, problem: Problem) -> Learner:
+    """DPO on the best and the worst of each prompt's samples."""
+    lm, aligned = problem.text.lm, config.algorithm.weighting == "aligned"
+    evaluate = pair_evaluate(lm, temperature=config.temperature, collision=aligned)
+    return Learner(
+        dpo.make(evaluate, _optimizer(config), config.algorithm),
+        best_worst_pairs(lm, temperature=config.temperature),
+        problem.reference,
+        _whole,
+    )
+
+
+def raft_learner(config: RAFTStage, problem: Problem) -> Learner:
+    """Fine-tuning on the best of each prompt's samples."""
+    evaluate = judged_evaluate(problem.text.lm, temperature=config.temperature)
+    algorithm = sft.make(evaluate, _optimizer(config), config.algorithm)
+    return Learner(algorithm, best_of_samples(), problem.reference, _whole)
+
+
 def check(config: Config, available: int) -> None:
     """Raises ValueError where the batch cannot be drawn or cut, or the optimiser contradicts the steps.
 
     For the start of an experiment: a mistake should not cost the minutes of the stages before this one.
     """
-    parts = config.algorithm.minibatches * config.algorithm.microbatches
+    parts = getattr(config.algorithm, "minibatches", 1) * config.algorithm.microbatches
     check_divisible(config.prompts, parts, what="minibatches x microbatches")
     if config.prompts > available:
-        raise ValueError(f"ppo asks for {config.prompts} prompts a step; there are {available} to draw from")
-    make_optimizer(config.optimizer, _updates(config))
+        raise ValueError(
+            f"policy optimisation asks for {config.prompts} prompts a step; there are {available} to draw from"
+        )
+    _optimizer(config)
 
 
-def optimise_policy(
-    config: Config,
-    text: Text,
-    reference: dict,
-    critic: dict,
-    reward: Callable[[Any, Any], jax.Array],
-    reward_params: Any,
-    examples: Examples,
-    rows: np.ndarray,
-    folder: RunFolder,
-    *,
-    gold: Callable[[np.ndarray, list[list[str]]], np.ndarray],
-    name: str = "ppo",
-) -> dict:
-    """Runs PPO from the reference against `reward`; returns the policy's parameters.
-
-    `gold(rows, texts)` scores completions on the host, [B, G]. It is logged and never learnt from.
-    """
-    evaluate = text_actor_critic(text.lm, temperature=config.temperature, shared_trunk=config.shared_trunk)
-    algorithm = ppo.make(evaluate, make_optimizer(config.optimizer, _updates(config)), config.algorithm)
+def optimise_policy(name: str, config: Config, learner: Learner, problem: Problem, folder: RunFolder) -> dict:
+    """Runs the stage `name` from the reference; returns the policy's parameters."""
+    text, examples = problem.text, problem.examples
     rlhf = make_rlhf(
         text.lm,
-        algorithm,
-        evaluate,
-        reward=reward,
+        learner.algorithm,
+        learner.as_batch,
+        reward=problem.reward,
         samples=config.samples,
         max_new_tokens=text.config.completion_length,
         stop_tokens=text.stop_tokens,
         temperature=config.temperature,
         missing_eos_penalty=config.missing_eos_penalty,
+        greedy=_greedy(config),
+        policy=learner.policy,
     )
     iterate = jax.jit(rlhf.iterate, donate_argnums=0)
     key = jax.random.fold_in(jax.random.key(folder.seed), 4)
-    frozen = Frozen(reference, reward_params)
-    if config.shared_trunk:
-        critic = {"head": critic["head"]}
+    frozen = Frozen(problem.reference, problem.reward_params)
 
     def init():
         # Copied: the state is donated, and reference and reward model must outlive it.
-        return algorithm.init(jax.tree.map(jnp.array, {"policy": reference, "critic": critic}))
+        return learner.algorithm.init(jax.tree.map(jnp.array, learner.params))
 
     def batch(step: int):
+        rows = problem.rows
         return text.batch(examples, rows[batch_indices(folder.seed, step, config.prompts, len(rows))])
 
     per_step = config.prompts * (text.config.prompt_length + config.samples * text.config.completion_length)
+    trained = np.float32(per_step * getattr(config.algorithm, "epochs", 1))
 
     def step(state, prompts, i):
         state, metrics, experience = iterate(state, frozen, prompts, jax.random.fold_in(key, i))
-        metrics |= {
-            "perf/generated_tokens": metrics["batch/actions"],
-            "perf/trained_tokens": jnp.float32(per_step * config.algorithm.epochs),
-        }
+        generated = experience.generation.mask_BGC.sum(dtype=jnp.float32)
+        metrics |= {"perf/generated_tokens": generated, "perf/trained_tokens": trained}
         return state, metrics, (prompts.index_B, experience)
 
     def score_texts(experience: tuple[np.ndarray, Experience]):
         index, (branches, _, _) = experience
-        texts = text.decode(*map(np.asarray, branches[2:]))
-        return texts, np.asarray(gold(index, texts))
+        texts = text.decode(*(np.asarray(x)[:, : config.samples] for x in branches[2:]))
+        return texts, np.asarray(problem.gold(index, texts))
 
     def measure(i: int, experience) -> dict[str, float]:
         del i
@@ -136,8 +210,17 @@ def optimise_policy(
         checkpoint_every=25,
         show=Show(columns=COLUMNS, every=1, measure=measure, samples=samples, samples_every=25),
     )
-    return state.params["policy"]
+    return learner.policy(state.params)
 
 
-def _updates(config: Config) -> int:
-    return config.steps * config.algorithm.epochs * config.algorithm.minibatches
+def _optimizer(config: Config):
+    parts = (getattr(config.algorithm, name, 1) for name in ("epochs", "minibatches"))
+    return make_optimizer(config.optimizer, config.steps * int(np.prod(list(parts))))
+
+
+def _greedy(config: Config) -> bool:
+    return isinstance(config, GRPOStage) and config.algorithm.baseline == "given"
+
+
+def _whole(params: Any) -> dict:
+    return params

@@ -73,7 +73,8 @@ def policy_section(found: Sequence[Policy], gold_name: str, split: str, temperat
 
 def _two_decimals(interval: Interval) -> str:
     """A KL of rounding errors is shown as 0.00, not to the digits of its spread."""
-    return f"{interval.value + 0.0:.2f} [{interval.low + 0.0:.2f}, {interval.high + 0.0:.2f}]"
+    value, low, high = (round(x, 2) + 0.0 for x in interval)  # + 0.0: no minus before a zero
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def comparison_section(comparisons: Sequence[Comparison], gold_name: str, split: str) -> Section:
@@ -125,49 +126,64 @@ def verdict(metrics: Sequence[dict[str, float]], gold_name: str) -> str:
     return " ".join(lines)
 
 
+PANELS = (  # label, metric, title; a method shows those it logs
+    ("reward", "objective/score", "Reward of the samples"),
+    ("{gold}", "gold", "Gold score of the samples"),
+    ("nats per completion", "objective/kl", "KL from the reference"),
+    ("nats per token", "policy/entropy", "Entropy"),
+    ("share", "policy/clip_fraction", "Clipped actions"),
+    ("loss", "loss/preference", "Preference loss"),
+    ("share", "pair/accuracy", "Accuracy of the implicit reward"),
+    ("reward", "pair/margin", "Margin of the implicit reward"),
+    ("nats per completion", "logp/chosen", "Log-probability of the preferred"),
+    ("nats per completion", "logp/rejected", "Log-probability of the other"),
+    ("tokens", "completions/mean_length", "Length"),
+)
+
+
 def policy_optimisation_section(folder: RunFolder, gold_name: str, stage: str = "ppo") -> Section:
-    """PPO's curves, and reward against gold along it."""
+    """A method's curves and, where it sampled, reward against gold along it."""
     metrics = folder.metrics(stage)
     step = [m["step"] for m in metrics]
-
-    def panel(label: str, name: str, title: str) -> Panel:
-        return Panel(label, {"": (step, [m[name] for m in metrics])}, title=title)
-
-    curves = plot_panels(
-        _figures(folder) / f"{stage}.png",
-        [
-            panel("reward", "objective/score", "Reward of the samples"),
-            panel(gold_name, "gold", "Gold score of the samples"),
-            panel("nats per completion", "objective/kl", "KL from the reference"),
-            panel("nats per token", "policy/entropy", "Entropy"),
-            panel("tokens", "completions/mean_length", "Length"),
-            panel("share", "policy/clip_fraction", "Clipped actions"),
-        ],
+    panels = [
+        Panel(label.format(gold=gold_name), {"": (step, [m[name] for m in metrics])}, title=title)
+        for label, name, title in PANELS
+        if name in metrics[0]
+    ]
+    curves = plot_panels(_figures(folder) / f"{stage}.png", panels)
+    figures = [(curves, f"{stage}, a point a step")]
+    text = (
+        verdict(metrics, gold_name)
+        if "gold" in metrics[0]
+        else "Nothing was sampled: pairs were learnt from."
     )
+    if "objective/kl" in metrics[0]:
+        figures.append(
+            (_overoptimisation(metrics, folder, gold_name, stage), "Reward and gold, in tenths of the run")
+        )
+        gap = max(m["policy/logp_gap"] for m in metrics)
+        text += (
+            f" The largest gap between a log-probability kept while decoding and that of the training forward: "
+            f"{gap:.1e}."
+        )
+    return Section("Policy optimisation", text, figures=figures)
+
+
+def _overoptimisation(
+    metrics: Sequence[dict[str, float]], folder: RunFolder, gold_name: str, stage: str
+) -> Path:
     groups = np.array_split(np.arange(len(metrics)), min(GROUPS, len(metrics)))
 
     def grouped(name: str) -> list[Interval]:
         return [bootstrap_interval([metrics[i][name] for i in group], 0) for group in groups]
 
-    figure = plot_overoptimisation(
+    return plot_overoptimisation(
         _figures(folder) / f"{stage}_reward_and_gold.png",
         [float(np.mean([metrics[i]["objective/kl"] for i in group])) for group in groups],
         grouped("objective/score"),
         grouped("gold"),
         learned_label="reward",
         gold_label=gold_name,
-    )
-    gap = max(m["policy/logp_gap"] for m in metrics)
-    text = verdict(metrics, gold_name) + (
-        f" The largest gap between a log-probability kept while decoding and that of the training forward: {gap:.1e}."
-    )
-    return Section(
-        "Policy optimisation",
-        text,
-        figures=[
-            (curves, "PPO, a point an iteration"),
-            (figure, "Reward and gold along PPO, in tenths of the run"),
-        ],
     )
 
 
@@ -226,9 +242,9 @@ def frontier_section(found: Sequence[Policy], folder: RunFolder, gold_name: str)
 
 def summarise(found: Sequence[Policy], comparisons: Sequence[Comparison], split: str) -> dict[str, float]:
     """Flat names and numbers for summary.json."""
-    summary = {}
+    summary = {f"{split}/{policy.name}/gold": float(policy.gold.mean()) for policy in found}
     for policy in found:
-        for field in ("gold", "reward", "kl", "length", "finished"):
+        for field in ("reward", "kl", "length", "finished"):
             summary[f"{split}/{policy.name}/{field}"] = float(getattr(policy, field).mean())
         low, high = policy.interval("gold")[1:]
         summary |= {f"{split}/{policy.name}/gold_low": low, f"{split}/{policy.name}/gold_high": high}

@@ -1,0 +1,83 @@
+"""Several methods of policy optimisation on the same data, reward and seeds: gold score against KL.
+
+For every seed: fine-tuning, preferences and reward model once, then each method from that same start. What the table
+and the figure say of a method is the mean over seeds, with a bootstrap interval over prompts and the range over seeds.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from experiments.stages.configs import (
+    DPOStage,
+    EvaluationStage,
+    GRPOStage,
+    OnlineDPOStage,
+    PPOStage,
+    PreferenceStage,
+    RAFTStage,
+    RewardStage,
+    SFTStage,
+    Text,
+    rloo_stage,
+)
+
+DESCRIPTION = "several methods on the same data and seeds: gold score against KL, with intervals"
+
+
+@dataclass(frozen=True)
+class Config:
+    methods: tuple[Literal["ppo", "grpo", "rloo", "dpo", "online_dpo", "raft"], ...] = (
+        "ppo",
+        "grpo",
+        "rloo",
+        "dpo",
+        "online_dpo",
+        "raft",
+    )
+    """Methods to compare; the sections of the same names hold their settings."""
+    seeds: int = 1
+    """Runs of everything, from --seed on."""
+    kl_weights: tuple[float, ...] = ()
+    """Weights of the KL (beta), each a point of every method that has one; empty: as configured, one point."""
+    text: Text = field(default_factory=Text)
+    sft: SFTStage = field(default_factory=SFTStage)
+    preferences: PreferenceStage = field(default_factory=PreferenceStage)
+    reward: RewardStage = field(default_factory=RewardStage)
+    ppo: PPOStage = field(default_factory=PPOStage)
+    grpo: GRPOStage = field(default_factory=GRPOStage)
+    rloo: GRPOStage = field(default_factory=rloo_stage)
+    dpo: DPOStage = field(default_factory=DPOStage)
+    online_dpo: OnlineDPOStage = field(default_factory=OnlineDPOStage)
+    raft: RAFTStage = field(default_factory=RAFTStage)
+    evaluation: EvaluationStage = field(default_factory=lambda: EvaluationStage(temperatures=()))
+
+
+def run(config: Config, folder) -> dict[str, float]:
+    """Runs all seeds; returns the numbers of summary.json."""
+    from dataclasses import replace
+
+    from experiments.stages import comparison
+    from rlhfjax.report import write_report
+
+    stages = comparison.chosen_stages(config)
+    temperature = comparison.one_temperature(stages)
+    if config.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {config.seeds}")
+    found = []
+    for seed in range(folder.seed, folder.seed + config.seeds):
+        path = folder.path / f"seed-{seed}"
+        path.mkdir(exist_ok=True)
+        part = replace(folder, path=path, seed=seed)
+        part.repair()
+        print(f"seed {seed}, in {path}", flush=True)
+        found.append(comparison.run_seed(config, stages, temperature, part))
+    merged = comparison.merge(found)
+    write_report(
+        folder.path,
+        f"{' '.join(config.methods)}, {config.seeds} from seed {folder.seed} on",
+        [
+            comparison.method_section(merged, found, temperature),
+            comparison.figure_section(merged, folder, temperature),
+        ],
+    )
+    return comparison.summarise(merged)

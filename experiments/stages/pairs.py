@@ -1,0 +1,74 @@
+"""Preference optimisation on the judged pairs: no reward model, no sampling."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.loop import Show, run_stage
+from experiments.stages.configs import DPOStage as Config
+from experiments.stages.policy import Problem
+from experiments.stages.preferences import Judged, branches_of
+from rlhfjax.algorithms import dpo, make_optimizer
+from rlhfjax.algorithms.algorithm import check_divisible
+from rlhfjax.data import batch_indices
+from rlhfjax.recipes import completion_logp, pair_batch, pair_evaluate
+from rlhfjax.run_folder import RunFolder
+
+COLUMNS = {
+    "loss/preference": "loss",
+    "pair/accuracy": "accuracy",
+    "pair/margin": "margin",
+    "logp/chosen": "logp chosen",
+    "logp/rejected": "logp rejected",
+}
+
+
+def check_pairs(config: Config, available: int) -> None:
+    """Raises ValueError where the batch cannot be drawn or cut, or the optimiser contradicts the steps."""
+    check_divisible(config.prompts, config.algorithm.microbatches)
+    if config.prompts > available:
+        raise ValueError(
+            f"dpo asks for {config.prompts} prompts a step; preferences leave {available} to train on"
+        )
+    make_optimizer(config.optimizer, config.steps)
+
+
+def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, folder: RunFolder) -> dict:
+    """Trains on the first prompts of `judged` in the stage `name`; returns the policy's parameters."""
+    text, temperature = problem.text, config.temperature
+    collision = config.algorithm.weighting == "aligned"
+    evaluate = pair_evaluate(text.lm, temperature=temperature, collision=collision)
+    algorithm = dpo.make(evaluate, make_optimizer(config.optimizer, config.steps), config.algorithm)
+    update = jax.jit(algorithm.update, donate_argnums=0)
+    reference_logp = jax.jit(lambda params, branches: completion_logp(text.lm, params, branches, temperature))
+    key = jax.random.fold_in(jax.random.key(folder.seed), 5)
+    pairs = judged.preferences
+
+    def batch(step: int) -> dpo.Pairs:
+        index = batch_indices(folder.seed, step, config.prompts, judged.trained)
+        branches = branches_of(text, problem.examples, judged, index)
+        return pair_batch(
+            branches,
+            None if config.algorithm.reference_free else reference_logp(problem.reference, branches),
+            first=jnp.asarray(pairs.first_K),
+            second=jnp.asarray(pairs.second_K),
+            label_BK=jnp.asarray(pairs.label_BK[index], jnp.float32),
+            mask_BK=jnp.asarray(pairs.mask_BK[index]),
+        )
+
+    tokens = config.prompts * (text.config.prompt_length + judged.token_BGC[0].size)
+
+    def step(state, batch, i):
+        state, metrics = update(state, batch, jax.random.fold_in(key, i))
+        return state, metrics | {"perf/trained_tokens": np.float32(tokens)}
+
+    state = run_stage(
+        name,
+        folder=folder,
+        init=lambda: algorithm.init(jax.tree.map(jnp.array, problem.reference)),
+        step=step,
+        batch=batch,
+        steps=config.steps,
+        show=Show(columns=COLUMNS),
+    )
+    return state.params

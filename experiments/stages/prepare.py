@@ -1,0 +1,75 @@
+"""From data to a reward: the stages that every method of policy optimisation starts from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from experiments.stages import finetune, methods, preferences, reward, text
+from experiments.stages.configs import EvaluationStage, PreferenceStage, RewardStage, SFTStage
+from experiments.stages.configs import Text as TextConfig
+from experiments.stages.evaluation import Gold
+from experiments.stages.policy import Problem
+from experiments.stages.preferences import Judged
+from experiments.stages.reward import Learned
+from experiments.stages.text import Examples
+from rlhfjax.recipes import make_reward_model
+from rlhfjax.rewards import rouge_l
+from rlhfjax.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A fine-tuned policy, judged samples of it, and a reward learnt from them."""
+
+    problem: Problem
+    judged: Judged
+    learned: Learned
+    gold_of: Callable[[Examples], Gold]
+    heldout: dict[str, Examples]  # by split
+
+    def optimise(self, name: str, config: methods.Stage, folder: RunFolder) -> dict:
+        """Runs one method in the stage `name`; returns the policy's parameters."""
+        return methods.optimise(name, config, self.problem, self.judged, self.learned.params["trunk"], folder)
+
+
+def prepare(
+    text_config: TextConfig,
+    sft: SFTStage,
+    preference: PreferenceStage,
+    reward_config: RewardStage,
+    evaluation: EvaluationStage,
+    chosen: Mapping[str, methods.Stage],
+    folder: RunFolder,
+) -> Prepared:
+    """Runs the stages before policy optimisation. The settings of the methods to come, `chosen`, are checked first."""
+    loaded = text.open_text(text_config)
+    train = loaded.load("train")
+    sft_rows, rl_rows = text.divide(train, text_config.sft_share, folder.seed)
+    preferences.check(preference, len(rl_rows))
+    judged_prompts = preference.prompts - preference.heldout
+    reward.check(reward_config, judged_prompts)
+    for config in chosen.values():
+        methods.check(config, len(rl_rows), judged_prompts)
+    splits = ("validation", "test") if evaluation.test else ("validation",)
+    heldout = {
+        split: loaded.load(split) for split in splits
+    }  # early: a missing split should not cost the training
+
+    reference = finetune.finetune(sft, loaded, train, sft_rows, folder)
+    judged = preferences.collect_preferences(preference, loaded, reference, train, rl_rows, folder)
+    learned = reward.train_reward_model(reward_config, loaded, reference, train, judged, folder)
+    score = make_reward_model(loaded.lm, pool=reward_config.pool)
+    problem = Problem(loaded, reference, score, learned.params, train, rl_rows, gold_of(train))
+    return Prepared(problem, judged, learned, gold_of, heldout)
+
+
+def gold_of(examples: Examples) -> Gold:
+    """The gold scorer of these pairs: ROUGE-L against the real summary."""
+
+    def gold(rows, texts):
+        return np.asarray(
+            [[rouge_l(x, examples.references[r]) for x in xs] for r, xs in zip(rows, texts, strict=True)]
+        )
+
+    return gold
