@@ -105,10 +105,10 @@ def method_section(
             ]
         )
     header = ["policy", GOLD, "over seeds", "lead over sft", "reward", "KL (nats)", "tokens"]
+    seeds = "One seed" if len(found) == 1 else f"Means over {len(found)} seeds"
     text = (
-        f"{'One seed' if len(found) == 1 else f'Means over {len(found)} seeds'}, on the same {len(merged[0].gold)} prompts of the validation split, one "
-        "completion a prompt and seed; 95 % bootstrap intervals over prompts. The lead is over the fine-tuned policy "
-        "decoded in the same way."
+        f"{seeds}, on the same {len(merged[0].gold)} prompts of the validation split, one completion a prompt and "
+        "seed; 95 % bootstrap intervals over prompts. The lead is over the fine-tuned policy decoded in the same way."
     )
     return Section("Methods", text, Table(header, rows))
 

@@ -24,13 +24,13 @@ COLUMNS = {
 
 
 def check_pairs(config: Config, available: int) -> None:
-    """Raises ValueError where the batch cannot be drawn or cut, or the optimiser contradicts the steps."""
+    """Raises ValueError where the batch cannot be drawn or cut, or the settings contradict each other."""
     check_divisible(config.prompts, config.algorithm.microbatches)
     if config.prompts > available:
         raise ValueError(
             f"dpo asks for {config.prompts} prompts a step; preferences leave {available} to train on"
         )
-    make_optimizer(config.optimizer, config.steps)
+    dpo.make(lambda params, inputs: inputs, make_optimizer(config.optimizer, config.steps), config.algorithm)
 
 
 def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, folder: RunFolder) -> dict:

@@ -85,7 +85,7 @@ def ppo_learner(config: PPOStage, problem: Problem, critic_trunk: dict) -> Learn
     if config.shared_trunk:
         critic = {"head": critic["head"]}
     return Learner(
-        ppo.make(evaluate, _optimizer(config), algorithm, is_policy=policy_parameters),
+        _algorithm(config, evaluate),
         ppo_batch(lm, evaluate, temperature=config.temperature, exact_kl=algorithm.kl_estimator == "exact"),
         {"policy": problem.reference, "critic": critic},
         itemgetter("policy"),
@@ -103,7 +103,7 @@ def grpo_learner(config: GRPOStage, problem: Problem) -> Learner:
         exact_kl=evaluate if exact else None,
         greedy=_greedy(config),
     )
-    return Learner(grpo.make(evaluate, _optimizer(config), algorithm), as_batch, problem.reference, _whole)
+    return Learner(_algorithm(config, evaluate), as_batch, problem.reference, _whole)
 
 
 def online_dpo_learner(config: OnlineDPOStage, problem: Problem) -> Learner:
@@ -111,7 +111,7 @@ def online_dpo_learner(config: OnlineDPOStage, problem: Problem) -> Learner:
     lm, aligned = problem.text.lm, config.algorithm.weighting == "aligned"
     evaluate = pair_evaluate(lm, temperature=config.temperature, collision=aligned)
     return Learner(
-        dpo.make(evaluate, _optimizer(config), config.algorithm),
+        _algorithm(config, evaluate),
         best_worst_pairs(lm, temperature=config.temperature),
         problem.reference,
         _whole,
@@ -121,12 +121,11 @@ def online_dpo_learner(config: OnlineDPOStage, problem: Problem) -> Learner:
 def raft_learner(config: RAFTStage, problem: Problem) -> Learner:
     """Fine-tuning on the best of each prompt's samples."""
     evaluate = judged_evaluate(problem.text.lm, temperature=config.temperature)
-    algorithm = sft.make(evaluate, _optimizer(config), config.algorithm)
-    return Learner(algorithm, best_of_samples(), problem.reference, _whole)
+    return Learner(_algorithm(config, evaluate), best_of_samples(), problem.reference, _whole)
 
 
 def check(config: Config, available: int) -> None:
-    """Raises ValueError where the batch cannot be drawn or cut, or the optimiser contradicts the steps.
+    """Raises ValueError where the batch cannot be drawn or cut, or the settings contradict each other.
 
     For the start of an experiment: a mistake should not cost the minutes of the stages before this one.
     """
@@ -136,7 +135,40 @@ def check(config: Config, available: int) -> None:
         raise ValueError(
             f"policy optimisation asks for {config.prompts} prompts a step; there are {available} to draw from"
         )
-    _optimizer(config)
+    if config.samples < 2 and _compares(config):
+        raise ValueError(
+            f"samples={config.samples}: this method compares the samples of a prompt with each other and needs at "
+            "least 2 (grpo: or another baseline and scale)"
+        )
+    _algorithm(config, _never)
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("settings are checked without an evaluation")
+
+
+def _compares(config: Config) -> bool:
+    if isinstance(config, GRPOStage):
+        algorithm = config.algorithm
+        return algorithm.baseline in ("group_mean", "leave_one_out") or algorithm.scale == "group_std"
+    return isinstance(config, OnlineDPOStage)
+
+
+def _algorithm(config: Config, evaluate: Callable[..., Any]) -> Algorithm:
+    """The algorithm of a stage. Raises ValueError where its settings contradict each other."""
+    optimizer = _optimizer(config)
+    if isinstance(config, PPOStage):
+        return ppo.make(evaluate, optimizer, config.algorithm, is_policy=policy_parameters)
+    if isinstance(config, GRPOStage):
+        algorithm = config.algorithm
+        if algorithm.aggregation == "constant" and algorithm.length_constant is None:
+            raise ValueError(
+                'aggregation="constant" needs length_constant, e.g. the most tokens of a completion'
+            )
+        return grpo.make(evaluate, optimizer, algorithm)
+    if isinstance(config, OnlineDPOStage):
+        return dpo.make(evaluate, optimizer, config.algorithm)
+    return sft.make(evaluate, optimizer, config.algorithm)
 
 
 def optimise_policy(name: str, config: Config, learner: Learner, problem: Problem, folder: RunFolder) -> dict:
