@@ -124,7 +124,7 @@ class Data:
         self.old, self.ref, self.reward = to(rollout.logp), to(rollout.logp_ref), to(rollout.reward)
         self.baseline = None if rollout.baseline is None else to(rollout.baseline)
         self.mask = np.asarray(rollout.mask)
-        finite = np.isfinite(self.reward) if self.reward.ndim == 2 else np.isfinite(self.reward).all(-1)
+        finite = np.asarray(np.isfinite(self.reward).reshape(*self.mask.shape[:2], -1).all(axis=-1))
         self.groups = [
             [g for g in range(self.mask.shape[1]) if self.mask[b, g].any() and finite[b, g]]
             for b in range(self.mask.shape[0])
@@ -277,8 +277,8 @@ def gdpo_loss(data, logp, held):
     """Liu et al. 2026: each reward normalised in its group, weighted sum, normalised over the batch."""
     first, second = np.moveaxis(data.reward, -1, 0)
     summed = {
-        i: group_normalised(data, *i, first, 1e-6) + 0.5 * group_normalised(data, *i, second, 1e-6)
-        for i in data.samples
+        (b, g): group_normalised(data, b, g, first, 1e-6) + 0.5 * group_normalised(data, b, g, second, 1e-6)
+        for b, g in data.samples
     }
     values = np.asarray(list(summed.values()))
     total = 0.0

@@ -1,7 +1,6 @@
 """Reward models that are linear in features, against float64 loops over pairs, choices and steps, and a known
 utility."""
 
-import doctest
 import functools
 import itertools
 
@@ -526,11 +525,6 @@ def test_members_must_be_stacked(params):
 
 
 # -------------------------------------------------------------------------------------------------------- the door
-
-
-def test_the_example_runs():
-    failed, tried = doctest.testmod(reward_model)
-    assert tried > 0 and failed == 0
 
 
 def test_other_bad_batches_are_named(params, batch, ranking, steps):

@@ -1,5 +1,6 @@
 """From a scored rollout of text to the batch of each algorithm, and whole iterations of the critic-free ones."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -189,15 +190,15 @@ def test_best_of_samples_is_imitated():
 
 SGD = optax.sgd(0.05)
 EVALUATE = text_policy(LM, temperature=TEMPERATURE)
-RLOO = {"baseline": "leave_one_out", "scale": "none", "clip": "none", "kl_estimator": "k1"}
+RLOO = GRPO(baseline="leave_one_out", scale="none", clip="none", kl_estimator="k1", kl_placement="score")
 ITERATIONS = {
     "rloo": (
-        grpo.make(EVALUATE, SGD, GRPO(kl_placement="score", **RLOO)),
+        grpo.make(EVALUATE, SGD, RLOO),
         grpo_batch(LM, temperature=TEMPERATURE),
         {},
     ),
     "remax": (
-        grpo.make(EVALUATE, SGD, GRPO(kl_placement="reward", **{**RLOO, "baseline": "given"})),
+        grpo.make(EVALUATE, SGD, replace(RLOO, baseline="given", kl_placement="reward")),
         grpo_batch(LM, temperature=TEMPERATURE, greedy=True),
         {"greedy": True},
     ),

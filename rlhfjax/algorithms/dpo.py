@@ -39,6 +39,20 @@ Metrics (means over the pairs that count):
     optimizer/gradient_norm
 
 Shapes: B prompts, G completions of each, K pairs of each, C completion length.
+
+>>> import jax, jax.numpy as jnp, optax
+>>> from rlhfjax.config import DPO
+>>> def evaluate(logits, token):  # log-probability of each token of the completions, [B, G, C]
+...     return jax.nn.log_softmax(logits)[token]
+>>> algorithm = make(evaluate, optax.sgd(1.0), DPO(beta=0.5))
+>>> state, update = algorithm.init(jnp.zeros(4)), jax.jit(algorithm.update)
+>>> token = jnp.array([[[2], [1]]])  # one prompt, two completions of one token; the first is preferred
+>>> pairs = Pairs(token, jnp.ones(token.shape, bool), jnp.array([0]), jnp.array([1]), jnp.ones((1, 1)),
+...     jnp.ones((1, 1), bool), logp_ref_BGC=evaluate(jnp.zeros(4), token))
+>>> for key in jax.random.split(jax.random.key(0), 20):
+...     state, metrics = update(state, pairs, key)
+>>> int(jnp.argmax(state.params)), int(jnp.argmin(state.params)), float(metrics["pair/accuracy"])
+(2, 1, 1.0)
 """
 
 from collections.abc import Callable

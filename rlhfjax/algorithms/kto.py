@@ -26,6 +26,20 @@ Metrics (means over the completions that count; a class without any gives 0):
     optimizer/gradient_norm
 
 Shapes: B prompts, G completions of each, C completion length.
+
+>>> import jax, jax.numpy as jnp, optax
+>>> from rlhfjax.config import KTO
+>>> def evaluate(logits, token):  # log-probability of each token of the completions, [B, G, C]
+...     return jax.nn.log_softmax(logits)[token]
+>>> algorithm = make(evaluate, optax.sgd(5.0), KTO(beta=0.5, reference_point="zero"))
+>>> state, update = algorithm.init(jnp.zeros(4)), jax.jit(algorithm.update)
+>>> token = jnp.array([[[2], [1]]])  # one prompt, a good completion and a bad one
+>>> batch = Judged(token, jnp.ones(token.shape, bool), evaluate(jnp.zeros(4), token),
+...     label_BG=jnp.array([[1.0, 0.0]]), mask_BG=jnp.ones((1, 2), bool))
+>>> for key in jax.random.split(jax.random.key(0), 20):
+...     state, metrics = update(state, batch, key)
+>>> int(jnp.argmax(state.params)), int(jnp.argmin(state.params))
+(2, 1)
 """
 
 from collections.abc import Callable

@@ -7,6 +7,18 @@ on the prompt. The mean runs over the global batch, so it does not change with p
 of devices.
 
 Metrics: "loss/nll" (nats per unit of weight), "batch/count" (the sum of weights), "optimizer/gradient_norm".
+
+>>> import jax, jax.numpy as jnp, optax
+>>> from rlhfjax.config import SFT
+>>> def evaluate(logits, token):  # log-probability of each token, [B, T]
+...     return jax.nn.log_softmax(logits)[token]
+>>> algorithm = make(evaluate, optax.sgd(1.0), SFT())
+>>> state, update = algorithm.init(jnp.zeros(4)), jax.jit(algorithm.update)
+>>> batch = Batch(jnp.array([[2, 2, 3]]), weight=jnp.array([[1.0, 1.0, 0.0]]))  # the last token does not count
+>>> for key in jax.random.split(jax.random.key(0), 20):
+...     state, metrics = update(state, batch, key)
+>>> int(jnp.argmax(state.params))
+2
 """
 
 from collections.abc import Callable

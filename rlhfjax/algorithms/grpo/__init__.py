@@ -57,6 +57,21 @@ Loss, policy and gradient metrics are means over the gradient steps (ratio_max: 
 (kl_coefficient None and logp_ref None) there is no objective/kl.
 
 Shapes: B prompts, G samples of each, R rewards of a sample, T actions in time.
+
+>>> import jax, jax.numpy as jnp, optax
+>>> from rlhfjax.config import GRPO
+>>> def evaluate(logits, action):  # logp and entropy of each action, [B, G, T]
+...     logp = jax.nn.log_softmax(logits)
+...     return logp[action], jnp.full(action.shape, -jnp.sum(jnp.exp(logp) * logp))
+>>> algorithm = make(evaluate, optax.sgd(0.5), GRPO(scale="none", aggregation="token", kl_coefficient=None))
+>>> state, update = algorithm.init(jnp.zeros(4)), jax.jit(algorithm.update)
+>>> action = jnp.array([[[0], [2]], [[2], [3]]])  # two prompts, two samples of each, one action
+>>> logp, _ = evaluate(state.params, action)
+>>> reward = jnp.where(action[..., 0] == 2, 1.0, 0.0)
+>>> rollout = Rollout(action, logp, None, reward, mask=jnp.ones(action.shape, bool))
+>>> state, metrics = update(state, rollout, jax.random.key(0))
+>>> int(jnp.argmax(state.params)), float(metrics["group/equal_rewards"])
+(2, 0.0)
 """
 
 from rlhfjax.algorithms.grpo.advantage import targets

@@ -54,6 +54,22 @@ and only where the config asks for what they speak of:
 Loss, policy, gradient metrics and value/clip_fraction are means over the gradient steps (ratio_max: largest).
 
 Shapes: B rows of the batch, T actions in time; between them any axes, e.g. [B prompts, G samples, T].
+
+>>> import jax, jax.numpy as jnp, optax
+>>> from rlhfjax.config import PPO
+>>> def evaluate(params, action):  # logp, entropy and value of each action, [B, T]
+...     logp = jax.nn.log_softmax(params["logits"])
+...     entropy = jnp.full(action.shape, -jnp.sum(jnp.exp(logp) * logp))
+...     return logp[action], entropy, jnp.full(action.shape, params["value"])
+>>> algorithm = make(evaluate, optax.sgd(0.5), PPO(kl_coefficient=0.1))
+>>> state, update = algorithm.init({"logits": jnp.zeros(4), "value": jnp.zeros(())}), jax.jit(algorithm.update)
+>>> action = jnp.arange(64)[:, None] % 4  # one action a row, and a reward for action 2
+>>> logp, _, value = evaluate(state.params, action)
+>>> reward = jnp.where(action == 2, 1.0, 0.0)
+>>> rollout = Rollout(action, logp, logp, value, reward, mask=jnp.ones(action.shape, bool))
+>>> state, metrics = update(state, rollout, jax.random.key(0))
+>>> int(jnp.argmax(state.params["logits"]))
+2
 """
 
 from rlhfjax.algorithms.algorithm import split_blocks
