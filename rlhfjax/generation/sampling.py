@@ -88,7 +88,9 @@ def _first_beyond(mass_RN: jax.Array, target_R: jax.Array) -> jax.Array:
     """The first entry with mass at which the running sum exceeds the target; int32 [R]."""
     beyond_RN = (jnp.cumsum(mass_RN, axis=1) > target_R[:, None]) & (mass_RN > 0)
     # Rounding can leave the target just past the end: then the likeliest entry, never one of mass zero.
-    entry_R = jnp.where(jnp.any(beyond_RN, axis=1), jnp.argmax(beyond_RN, axis=1), jnp.argmax(mass_RN, axis=1))
+    entry_R = jnp.where(
+        jnp.any(beyond_RN, axis=1), jnp.argmax(beyond_RN, axis=1), jnp.argmax(mass_RN, axis=1)
+    )
     return entry_R.astype(jnp.int32)
 
 
