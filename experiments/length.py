@@ -16,16 +16,16 @@ class Config:
     words: int = 4
     """Words wanted; the reward is -|words - this|."""
     text: Text = field(default_factory=Text)
-    sft: SFTStage = field(default_factory=lambda: SFTStage(steps=60))
+    sft: SFTStage = field(default_factory=lambda: SFTStage(steps=40))
     ppo: PPOStage = field(
         default_factory=lambda: replace(
             PPOStage(),
-            steps=20,
+            steps=15,
             algorithm=PPO(kl_coefficient=0.1, epochs=1, minibatches=2, value_coefficient=0.1),
         )
     )
     evaluation: EvaluationStage = field(
-        default_factory=lambda: EvaluationStage(prompts=128, best_of=(4,), temperatures=())
+        default_factory=lambda: EvaluationStage(prompts=64, best_of=(4,), temperatures=())
     )
 
 

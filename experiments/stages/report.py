@@ -20,6 +20,7 @@ from rlhfjax.report import (
     Interval,
     Section,
     Table,
+    accuracy_by_margin,
     bootstrap_interval,
     calibration,
     calibration_error,
@@ -201,11 +202,18 @@ def reward_model_section(learned: Learned, measured: dict[str, float], folder: R
         f"On {len(learned.outcome)} held-out pairs the reward model agrees with {accuracy:.1%} of the labels; the best "
         f"guesser could agree with {ceiling:.1%}, since the labels are drawn with noise. Its correlation with the gold "
         f"score is {measured['heldout/correlation']:.2f}, and within the samples of one prompt "
-        f"{measured['heldout/correlation_within_prompt']:.2f}."
+        f"{measured['heldout/correlation_within_prompt']:.2f}. The temperature that calibrates it best on these pairs "
+        f"is {measured['heldout/temperature']:.2f} (above 1: it is too sure). The table has its accuracy about which "
+        "of two completions the gold scorer prefers, from pairs nearly equal to pairs far apart."
     )
+    bins_by_margin = (
+        accuracy_by_margin(learned.probability - 0.5, learned.margin) if learned.margin.any() else []
+    )
+    rows = [[f"{b.low:.3f} to {b.high:.3f}", b.count, b.accuracy] for b in bins_by_margin]
     curves = _loss_curves(folder)
+    table = Table(["difference in gold score", "pairs", "accuracy"], rows) if rows else None
     return Section(
-        "Fine-tuning and reward model", text, figures=[(curves, "Losses"), (figure, "Calibration")]
+        "Fine-tuning and reward model", text, table, figures=[(curves, "Losses"), (figure, "Calibration")]
     )
 
 

@@ -13,6 +13,7 @@ from experiments.stages.text import Examples, Text
 from rlhfjax.algorithms import make_optimizer, reward_model
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import accuracy_ceiling, batch_indices
+from rlhfjax.ops import fit_temperature
 from rlhfjax.recipes import init_reward_model, make_reward_model
 from rlhfjax.run_folder import RunFolder
 
@@ -27,6 +28,7 @@ class Learned:
     params: dict
     probability: np.ndarray  # predicted chance that the first of a pair wins, held-out pairs that count
     outcome: np.ndarray  # bool, whether it did
+    margin: np.ndarray  # gold score of the first less that of the second
 
 
 def check(config: Config, available: int) -> None:
@@ -103,12 +105,14 @@ def _measure(text, evaluate, params, examples, judged, folder) -> Learned:
             "heldout/best_of_samples_gold": float(gold[np.arange(len(gold)), heldout_score.argmax(1)].mean()),
             "heldout/mean_gold": float(gold.mean()),
         }
+        metrics["heldout/temperature"] = float(fit_temperature(margin, outcome.astype(np.float32)))
         arrays = {"probability": 1.0 / (1.0 + np.exp(-margin.astype(np.float64))), "outcome": outcome}
+        arrays["margin"] = (gold[:, pairs.first_K] - gold[:, pairs.second_K])[counts]
         return arrays | {"gain": np.asarray(gain), "bias": np.asarray(bias)}, metrics, []
 
     stored = run_once("reward_model_heldout", folder=folder, compute=compute)
     params = params | {"gain": jnp.asarray(stored["gain"]), "bias": jnp.asarray(stored["bias"])}
-    return Learned(params, stored["probability"], stored["outcome"])
+    return Learned(params, stored["probability"], stored["outcome"], stored["margin"])
 
 
 def _correlation(score_BG: np.ndarray, gold_BG: np.ndarray, *, axis: int | None) -> float:
