@@ -56,7 +56,7 @@ def run(config: Config, folder) -> dict[str, float]:
     """Runs all seeds; returns the numbers of summary.json."""
     from dataclasses import replace
 
-    from experiments.stages import comparison
+    from experiments.stages import comparison, report
     from rlhfjax.report import write_report
 
     stages = comparison.chosen_stages(config)
@@ -80,4 +80,4 @@ def run(config: Config, folder) -> dict[str, float]:
             comparison.figure_section(merged, folder, temperature),
         ],
     )
-    return comparison.summarise(merged)
+    return report.policy_numbers(merged)

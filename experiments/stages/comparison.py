@@ -133,14 +133,3 @@ def figure_section(merged: Sequence[Policy], folder: RunFolder, temperature: flo
         "above it at the same KL. The KL of best-of-n is its bound log n - (n-1)/n."
     )
     return Section("The frontier", text, figures=[(figure, f"{GOLD} against KL from the fine-tuned policy")])
-
-
-def summarise(merged: Sequence[Policy]) -> dict[str, float]:
-    """Flat names and numbers for summary.json."""
-    summary = {f"{policy.name}/gold": float(policy.gold.mean()) for policy in merged}
-    for policy in merged:
-        for name in ("reward", "kl", "length", "finished"):
-            summary[f"{policy.name}/{name}"] = float(getattr(policy, name).mean())
-        low, high = policy.interval("gold")[1:]
-        summary |= {f"{policy.name}/gold_low": low, f"{policy.name}/gold_high": high}
-    return summary

@@ -40,7 +40,7 @@ def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, 
     evaluate = pair_evaluate(text.lm, temperature=temperature, collision=collision)
     algorithm = dpo.make(evaluate, make_optimizer(config.optimizer, config.steps), config.algorithm)
     update = jax.jit(algorithm.update, donate_argnums=0)
-    reference_logp = jax.jit(lambda params, branches: completion_logp(text.lm, params, branches, temperature))
+    logp_ref = None if config.algorithm.reference_free else _reference_logp(config, problem, judged)
     key = jax.random.fold_in(jax.random.key(folder.seed), 5)
     pairs = judged.preferences
 
@@ -49,7 +49,7 @@ def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, 
         branches = branches_of(text, problem.examples, judged, index)
         return pair_batch(
             branches,
-            None if config.algorithm.reference_free else reference_logp(problem.reference, branches),
+            None if logp_ref is None else jnp.asarray(logp_ref[index]),
             first=jnp.asarray(pairs.first_K),
             second=jnp.asarray(pairs.second_K),
             label_BK=jnp.asarray(pairs.label_BK[index], jnp.float32),
@@ -72,3 +72,21 @@ def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, 
         show=Show(columns=COLUMNS),
     )
     return state.params
+
+
+def _reference_logp(config: Config, problem: Problem, judged: Judged) -> np.ndarray:
+    """Log-probabilities of all completions to train on under the reference, computed once; float32 [B, G, C]."""
+    text = problem.text
+
+    @jax.jit
+    def logp(params, branches):
+        return completion_logp(text.lm, params, branches, config.temperature)
+
+    rows = np.arange(judged.trained)
+    # The last part is filled up, so that nothing compiles twice.
+    parts = np.resize(rows, (-(-len(rows) // config.prompts), config.prompts))
+    found = [
+        np.asarray(logp(problem.reference, branches_of(text, problem.examples, judged, index)))
+        for index in parts
+    ]
+    return np.concatenate(found)[: len(rows)]

@@ -250,16 +250,23 @@ def frontier_section(found: Sequence[Policy], folder: RunFolder, gold_name: str)
 
 def summarise(found: Sequence[Policy], comparisons: Sequence[Comparison], split: str) -> dict[str, float]:
     """Flat names and numbers for summary.json."""
-    summary = {f"{split}/{policy.name}/gold": float(policy.gold.mean()) for policy in found}
+    numbers = policy_numbers(found) | {
+        f"{item.claim}/{name}": float(value)
+        for item in comparisons
+        for name, value in item.difference._asdict().items()
+    }
+    return {f"{split}/{name}": value for name, value in numbers.items()}
+
+
+def policy_numbers(found: Sequence[Policy]) -> dict[str, float]:
+    """The means of every policy, gold scores first, and the interval of its gold score."""
+    numbers = {f"{policy.name}/gold": float(policy.gold.mean()) for policy in found}
     for policy in found:
         for field in ("reward", "kl", "length", "finished"):
-            summary[f"{split}/{policy.name}/{field}"] = float(getattr(policy, field).mean())
+            numbers[f"{policy.name}/{field}"] = float(getattr(policy, field).mean())
         low, high = policy.interval("gold")[1:]
-        summary |= {f"{split}/{policy.name}/gold_low": low, f"{split}/{policy.name}/gold_high": high}
-    for item in comparisons:
-        for name, value in item.difference._asdict().items():
-            summary[f"{split}/{item.claim}/{name}"] = float(value)
-    return summary
+        numbers |= {f"{policy.name}/gold_low": low, f"{policy.name}/gold_high": high}
+    return numbers
 
 
 def _figures(folder: RunFolder) -> Path:
