@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from experiments import run
 
@@ -15,7 +16,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    """The fenced blocks of one language ("" for those without)."""
+    tokens = MarkdownIt().parse(README)
+    return [token.content for token in tokens if token.type == "fence" and token.info == language]
 
 
 def test_python_of_the_readme_reaches_the_optimum(capsys):
@@ -36,6 +39,10 @@ def commands() -> list[list[str]]:
     lines = "".join(code_blocks("")).splitlines()
     words = [line.split("#")[0].split(">")[0].split() for line in lines]
     return [line[2:] for line in words if line[:2] == ["python", "experiments/run.py"]]
+
+
+def test_there_are_commands_to_test():
+    assert len(commands()) >= 8
 
 
 @pytest.mark.parametrize("arguments", [x for x in commands() if "--resume" not in x and "mine.yaml" not in x])

@@ -40,11 +40,13 @@ def run(config, folder):
     import jax
     import jax.numpy as jnp
 
+    from functools import partial
+
     from experiments.loop import Show, run_once, run_stage
 
     root = jax.random.key(folder.seed)
 
-    @jax.jit(donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0)
     def update(state, i):
         noise = jax.random.normal(jax.random.fold_in(root, i), state["w"].shape)
         w = state["w"] * jnp.float32(0.9) + noise

@@ -133,7 +133,7 @@ def check(config: Config, available: int) -> None:
     check_divisible(config.prompts, parts, what="minibatches x microbatches")
     if config.prompts > available:
         raise ValueError(
-            f"policy optimisation asks for {config.prompts} prompts a step; there are {available} to draw from"
+            f"{_method(config)} asks for {config.prompts} prompts a step; there are {available} to draw from"
         )
     if config.samples < 2 and _compares(config):
         raise ValueError(
@@ -145,6 +145,10 @@ def check(config: Config, available: int) -> None:
 
 def _never(*_: Any) -> Any:
     raise AssertionError("settings are checked without an evaluation")
+
+
+def _method(config: Config) -> str:
+    return type(config).__name__.removesuffix("Stage").lower()
 
 
 def _compares(config: Config) -> bool:
