@@ -16,11 +16,11 @@ class Config:
     words: int = 4
     """Words wanted; the reward is -|words - this|."""
     text: Text = field(default_factory=Text)
-    sft: SFTStage = field(default_factory=lambda: SFTStage(steps=40))
+    sft: SFTStage = field(default_factory=lambda: SFTStage(steps=60))
     ppo: PPOStage = field(
         default_factory=lambda: replace(
             PPOStage(),
-            steps=15,
+            steps=20,
             algorithm=PPO(kl_coefficient=0.1, epochs=1, minibatches=2, value_coefficient=0.1),
         )
     )
