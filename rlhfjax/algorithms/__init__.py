@@ -4,8 +4,25 @@ update)`.
 They see numbers, not networks: a function `evaluate(params, inputs)` stands for the model.
 """
 
-from rlhfjax.algorithms import dpo, grpo, kto, ppo, reward_model, sft
+from rlhfjax.algorithms import dpo, dqn, grpo, ilql, kto, ppo, pqn, reward_model, sft, soft_q, tabular_q
 from rlhfjax.algorithms.algorithm import Algorithm
+from rlhfjax.algorithms.exploration import epsilon_greedy, epsilon_greedy_probabilities
 from rlhfjax.algorithms.optimizers import make_optimizer
 
-__all__ = ["Algorithm", "dpo", "grpo", "kto", "make_optimizer", "ppo", "reward_model", "sft"]
+__all__ = [
+    "Algorithm",
+    "dpo",
+    "dqn",
+    "epsilon_greedy",
+    "epsilon_greedy_probabilities",
+    "grpo",
+    "ilql",
+    "kto",
+    "make_optimizer",
+    "ppo",
+    "pqn",
+    "reward_model",
+    "sft",
+    "soft_q",
+    "tabular_q",
+]

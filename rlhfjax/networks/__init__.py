@@ -7,17 +7,36 @@ from rlhfjax.networks.branches import Branches, branch_hidden, branch_mask, pad_
 from rlhfjax.networks.decoder import Cache, LanguageModel, causal_mask, decoder
 from rlhfjax.networks.heads import init_scalar_head, scalar_head
 from rlhfjax.networks.induction import with_induction_heads
+from rlhfjax.networks.mlp import MLP, mlp
+from rlhfjax.networks.q_heads import (
+    best_token,
+    init_q_heads,
+    q_advantage,
+    q_log_softmax,
+    q_of_tokens,
+    q_values,
+    state_value,
+)
 
 __all__ = [
     "Branches",
     "Cache",
     "LanguageModel",
+    "MLP",
+    "best_token",
     "branch_hidden",
     "branch_mask",
     "causal_mask",
     "decoder",
+    "init_q_heads",
     "init_scalar_head",
+    "mlp",
     "pad_prompt_positions",
+    "q_advantage",
+    "q_log_softmax",
+    "q_of_tokens",
+    "q_values",
     "scalar_head",
+    "state_value",
     "with_induction_heads",
 ]
