@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from precision import float64
+from small_tables import optimal_action_values
 
-from rlhfjax.algorithms import dqn, tabular_q
+from rlhfjax.algorithms import dqn
 from rlhfjax.config import DQN
 
 B, WIDTH, ACTIONS, QUANTILES = 6, 3, 4, 5
@@ -157,7 +159,7 @@ def compiled_loss(config):
 def test_loss_and_gradient_equal_the_loop(config):
     w, w_target, batch = kernel(config, 1), kernel(config, 2), transitions()
     targets = [expected_target(w, w_target, batch, i, config) for i in range(B)]
-    with jax.enable_x64(True):
+    with float64():
         (total, sums), gradient = compiled_loss(config)(*as_arrays((w, w_target, batch)))
         arguments = {
             "evaluate": evaluate,
@@ -350,7 +352,7 @@ def test_a_table_converges_to_value_iteration():
     batch = dqn.Batch(
         s, a, reward[s, a], jnp.where(next_s < states, next_s, 0), next_s == states, weight_B=weight
     )
-    optimum = tabular_q.value_iteration(transition, reward, discount=0.9)
+    optimum = optimal_action_values(transition, reward, discount=0.9)
     for name in ("max", "double"):
         config = DQN(discount=0.9, bootstrap=name, huber=None, target="polyak", polyak=0.5)
         algorithm = dqn.make(lambda q, state: q[state], optax.sgd(0.5 * states * actions * 5), config)
@@ -375,7 +377,7 @@ def test_n_step_transitions_equal_a_walk_through_the_rollout():
     rollout = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), fields)._replace(
         terminated_B=terminated, discount_B=None, weight_B=None
     )
-    with jax.enable_x64(True):
+    with float64():
         got: Any = jax.tree.map(
             np.asarray,
             dqn.n_step_transitions(

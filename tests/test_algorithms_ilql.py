@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import experimental
+from precision import float64
 
 from rlhfjax.algorithms import ilql
 from rlhfjax.algorithms.turns import at_next_action
@@ -26,12 +26,6 @@ CONFIGS = {
     "monte carlo": ILQL("returns", 0.9, expectile=0.5, policy_coefficient=None),
     "clipped": dataclasses.replace(FULL, weight_clip=1.1),
 }
-
-
-def x64():
-    """Sixty-four bit arithmetic within the block; the oracle is held against that."""
-    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else getattr(experimental, "enable_x64")  # noqa: B009
-    return enable(True)
 
 
 def arrays(tree: Any) -> Any:
@@ -164,7 +158,7 @@ def as_numpy(tree):
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_loss_and_gradient_equal_a_loop_over_actions(name):
     config, params, target = CONFIGS[name], tables(0), tables(1)
-    with x64():
+    with float64():
         batch = episodes(np.float64)
         (total, sums), gradient = value_and_gradient(config)(params, target, batch)
         total, sums, gradient, batch = as_numpy((total, sums, gradient, batch))

@@ -10,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 import rlax
+from precision import float64
+from small_tables import optimal_action_values
 
-from rlhfjax.algorithms import pqn, tabular_q
+from rlhfjax.algorithms import pqn
 from rlhfjax.config import PQN
 
 B, T, WIDTH, ACTIONS = 4, 6, 3, 4
@@ -102,7 +104,7 @@ def test_there_is_something_to_tell_apart():
 def test_targets_equal_the_loop(lam):
     config = dataclasses.replace(ONE_STEP, lam=lam)
     w, rollout = kernel(), rollout64()
-    with jax.enable_x64(True):
+    with float64():
         sample, bad = pqn.targets(jnp.asarray(w), as_arrays(rollout), evaluate=evaluate, config=config)
         assert sample.target_N.dtype == jnp.float64
     np.testing.assert_allclose(
@@ -122,7 +124,7 @@ def test_targets_equal_those_of_rlax():
     rollout = rollout._replace(
         next_inputs=np.concatenate([rollout.inputs[:, 1:], rollout.next_inputs[:, -1:]], 1)
     )
-    with jax.enable_x64(True):
+    with float64():
         sample, _ = pqn.targets(jnp.asarray(w), as_arrays(rollout), evaluate=evaluate, config=ONE_STEP)
         q, next_q = (jnp.asarray(x @ w) for x in (rollout.inputs, rollout.next_inputs))
         discount = 0.9 * (1.0 - jnp.asarray(rollout.terminated))
@@ -139,7 +141,7 @@ def test_one_step_equals_the_gradient_of_the_loop(huber):
     config = dataclasses.replace(ONE_STEP, huber=huber)
     w, rollout = kernel(), rollout64()
     target = expected_targets(w, rollout, config)
-    with jax.enable_x64(True):
+    with float64():
         state, metrics = step(w, as_arrays(rollout), config)
         moved = np.asarray(w - state.params)
     gradient = np.zeros_like(w)
@@ -278,7 +280,7 @@ def test_a_table_converges_to_value_iteration():
         )[0]
     )
     learnt = run(algorithm.init(jnp.zeros((states, actions)))).params
-    optimum = tabular_q.value_iteration(transition, reward, discount=0.9)
+    optimum = optimal_action_values(transition, reward, discount=0.9)
     assert len(np.unique(np.stack([state, action]), axis=2)[0, 0]) == states * actions
     np.testing.assert_allclose(learnt, optimum, atol=1e-3)
 

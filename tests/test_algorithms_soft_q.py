@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_algorithms_ilql import arrays, as_numpy, log_softmax64, numerical_gradient, x64
+from precision import float64
+from test_algorithms_ilql import arrays, as_numpy, log_softmax64, numerical_gradient
 
 from rlhfjax.algorithms import soft_q
 from rlhfjax.config import Enumerable, SoftQ
@@ -93,7 +94,7 @@ def test_loss_and_gradient_equal_a_loop_over_paths(name):
     target = None if name == "no target" else table(1)
     # With "both" the end is trained too; without a target network it is the params' own, held fixed.
     fixed = {"both": None, "both, two steps": None, "no target": params}.get(name, target)
-    with x64():
+    with float64():
         batch = paths(np.float64)
         loss = functools.partial(soft_q.loss, evaluate=evaluate, config=config, target=target)
         (total, sums), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, batch)

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from precision import float64
+from small_tables import table_of
 
 from rlhfjax.algorithms import tabular_q
 from rlhfjax.algorithms.exploration import epsilon_greedy, epsilon_greedy_probabilities
 from rlhfjax.config import TabularQ
+from rlhfjax.environments.grid import optimal_values, policy_values
 
 STATES, ACTIONS, N = 4, 3, 40
 METHODS = list(tabular_q.METHODS)
@@ -111,7 +114,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("config", OPTIONS, ids=[f"{i}-{c.method}" for i, c in enumerate(OPTIONS)])
 def test_tables_equal_the_loop_over_the_equation(config, key):
-    with jax.enable_x64(True):
+    with float64():
         batch = stream()
         batch = batch._replace(reward=batch.reward.astype(jnp.float64))
         state, metrics = run(jnp.asarray(start(), jnp.float64), batch, config, key)
@@ -185,27 +188,6 @@ def world(seed=5):
     return jnp.asarray(0.9 * going_on), jnp.asarray(generator.normal(size=(STATES, ACTIONS)))
 
 
-def exact_optimum(transition, reward, discount):
-    """The best value of each state among all deterministic policies, each solved exactly."""
-    best = np.full(STATES, -np.inf)
-    for policy in np.ndindex(*[ACTIONS] * STATES):
-        rows = np.arange(STATES), np.array(policy)
-        value = np.linalg.solve(np.eye(STATES) - discount * transition[rows], reward[rows])
-        best = np.maximum(best, value)
-    return best
-
-
-def test_value_iteration_equals_the_best_of_all_policies():
-    with jax.enable_x64(True):
-        transition, reward = (jnp.asarray(np.asarray(x), jnp.float64) for x in world())
-        q = tabular_q.value_iteration(transition, reward, discount=0.95, tolerance=1e-13)
-        greedy = jax.nn.one_hot(jnp.argmax(q, axis=1), ACTIONS, dtype=q.dtype)
-        value = tabular_q.policy_value(transition, reward, greedy, discount=0.95)
-    optimum = exact_optimum(np.asarray(transition), np.asarray(reward), 0.95)
-    np.testing.assert_allclose(np.asarray(q).max(axis=1), optimum, rtol=0, atol=1e-11)
-    np.testing.assert_allclose(value, optimum, rtol=0, atol=1e-11)
-
-
 def experience(transition, reward, key, rows):
     """Uniformly random states and actions, the next state drawn from the world, noisy rewards."""
     keys = jax.random.split(key, 4)
@@ -235,12 +217,12 @@ def test_the_table_converges_to_value_iteration(method, tolerance):
     )
     batch = experience(transition, reward, jax.random.key(1), 60_000)
     state, _ = run(jnp.zeros((STATES, ACTIONS)), batch, config, jax.random.key(2))
-    optimum = tabular_q.value_iteration(transition, reward, discount=0.9)
-    q = tabular_q.action_values(state)
-    assert jnp.max(jnp.abs(q - optimum)) < tolerance
-    policy = jax.nn.one_hot(jnp.argmax(q, axis=1), ACTIONS)
-    value = tabular_q.policy_value(transition, reward, policy, discount=0.9)
-    np.testing.assert_allclose(value, jnp.max(optimum, axis=1), rtol=0, atol=1e-3)
+    table = table_of(transition, reward)
+    value, optimum = optimal_values(table, discount=0.9)
+    q = np.asarray(tabular_q.action_values(state))
+    assert np.max(np.abs(q - optimum)) < tolerance
+    policy = np.eye(ACTIONS)[q.argmax(axis=1)]
+    np.testing.assert_allclose(policy_values(table, policy, discount=0.9)[0], value, rtol=0, atol=1e-3)
 
 
 def test_double_q_halves_the_overestimate():

@@ -8,18 +8,12 @@ import numpy as np
 import optax
 import pytest
 import rlax
-from jax import experimental
+from precision import float64
 
 from rlhfjax import ops
 
 EPS = 1e-6
 N, A, DISCOUNT, TEMPERATURE = 24, 4, 0.9, 0.7
-
-
-def float64(on=True):
-    """The context in which JAX computes in float64; older releases keep it among the experiments."""
-    enable = jax.enable_x64 if hasattr(jax, "enable_x64") else getattr(experimental, "enable_x64")  # noqa: B009
-    return enable(on)
 
 
 @pytest.fixture(autouse=True)

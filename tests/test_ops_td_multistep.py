@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rlax
-from test_ops_td import EPS, assert_exact, float64, in_float64  # noqa: F401
+from precision import float64
+from test_ops_td import EPS, assert_exact, in_float64  # noqa: F401
 
 from rlhfjax import ops
 

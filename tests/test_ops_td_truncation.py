@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_ops_td import float64, in_float64  # noqa: F401
+from precision import float64
+from test_ops_td import in_float64  # noqa: F401
 
 from rlhfjax import ops
 
