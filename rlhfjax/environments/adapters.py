@@ -13,6 +13,7 @@ import numpy as np
 
 from rlhfjax.environments.environment import Environment, Step, check_actions, checked
 from rlhfjax.environments.rollout import Act, Trajectory
+from rlhfjax.environments.text.text_world import TextWorld, Utterance, decode, encode, known_part
 
 PyTree = Any
 
@@ -148,7 +149,7 @@ def _in_space(env: Any, action: np.ndarray) -> np.ndarray:
 
 
 def to_gymnasium(
-    env: Environment,
+    env: Environment | TextWorld,
     params: PyTree = None,
     *,
     observation_space: Any = None,
@@ -157,24 +158,58 @@ def to_gymnasium(
     """Ours as a `gymnasium.Env`: `observation, info = env.reset(seed=0)`, `env.step(action)`. Steps are jitted.
 
     observation_space: None is `Discrete` for numbered observations and otherwise a `Box` without bounds.
-    to_host: what is made of an observation (NumPy) before it is handed over, e.g. tokens to a string, together
-    with an `observation_space` that contains it. Numbered observations become ints.
+    to_host: what is made of an observation (NumPy) before it is handed over, together with an `observation_space`
+    that contains it. Numbered observations become ints.
+
+    A text world is spoken to and answers in strings, `env.step("move up")`; its stop token is said for one who does
+    not. Its spaces are `gymnasium.spaces.Text`, and samples of actions are tokens of its vocabulary, joined.
+
     The world's randomness is that of the seed given to `reset`; without one it goes on from the last.
-    ValueError for an action outside the space, and for a step after an end without a reset.
+    ValueError for an action outside the space, and for a step after an end without a reset. Of a text world outside
+    are what is no string, a text with a part that is not in the vocabulary (which is named), and one that is too long.
     """
-    import gymnasium  # pyright: ignore[reportMissingImports]
     from gymnasium import spaces  # pyright: ignore[reportMissingImports]
 
+    if isinstance(env, TextWorld):
+        world, env = env, env.env
+        params = env.params if params is None else params
+        if observation_space is not None or to_host is not None:
+            raise ValueError("a text world answers in strings; leave out observation_space and to_host")
+        spoken = _spoken_space(world)
+        most = world.observation_length * max(map(len, world.vocabulary))
+        heard = spaces.Text(max(most, 1), min_length=0, charset=_letters(world))
+        return _wrapped(
+            env, params, spoken, heard, lambda text: _said(world, text), lambda x: _heard(world, x)
+        )
     env = checked(env)
     if env.num_actions is None:
         raise ValueError("to_gymnasium needs numbered actions; this environment's num_actions is None")
     num_actions, numbered = env.num_actions, env.num_observations
     params = env.params if params is None else params
-    reset, step = jax.jit(env.reset), jax.jit(env.step)
+
+    def to_action(action: Any) -> jax.Array:
+        check_actions(np.asarray(action), num_actions)
+        return jnp.int32(action)
+
     if observation_space is None:
         observation_space = _default_space(env, params)
     if to_host is None:
         to_host = np.asarray if numbered is None else int
+    return _wrapped(env, params, spaces.Discrete(num_actions), observation_space, to_action, to_host)
+
+
+def _wrapped(
+    env: Environment,
+    params: PyTree,
+    actions: Any,
+    observations: Any,
+    to_action: Callable[[Any], Any],
+    to_host: Callable[[Any], Any],
+) -> Any:
+    """The `gymnasium.Env` itself. to_action: checks an action and makes it what `env.step` takes."""
+    import gymnasium  # pyright: ignore[reportMissingImports]
+
+    reset, step = jax.jit(env.reset), jax.jit(env.step)
 
     class Wrapped(gymnasium.Env):
         """A pure environment behind the interface of Gymnasium; it holds the state."""
@@ -182,8 +217,8 @@ def to_gymnasium(
         metadata = {"render_modes": []}
 
         def __init__(self) -> None:
-            self.action_space = spaces.Discrete(num_actions)
-            self.observation_space = observation_space
+            self.action_space = actions
+            self.observation_space = observations
             self._key, self._step, self._state = jax.random.key(0), 0, None
 
         def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
@@ -195,10 +230,10 @@ def to_gymnasium(
         def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
             if self._state is None:
                 raise ValueError("the episode has ended, or none was begun: call reset() before step()")
-            check_actions(np.asarray(action), num_actions)
+            action = to_action(action)
             self._step += 1
             key = jax.random.fold_in(self._key, self._step)
-            out = step(key, self._state, jnp.int32(action), params)
+            out = step(key, self._state, action, params)
             observation, self._state, reward, terminated, truncated, info = out
             observation = info.pop("final_observation") if env.autoresets else observation
             if terminated or truncated:
@@ -207,6 +242,54 @@ def to_gymnasium(
             return to_host(observation), float(reward), bool(terminated), bool(truncated), info
 
     return Wrapped()
+
+
+def _letters(world: TextWorld) -> str:
+    return "".join(sorted(set("".join(world.vocabulary[1:]))))
+
+
+def _said(world: TextWorld, text: Any) -> Utterance:
+    """What an agent says, as an utterance, with the stop token. ValueError where it cannot be said."""
+    ids = _with_stop(world, encode(world, text))
+    if len(ids) > world.action_length:
+        raise ValueError(
+            f"{text!r} has {len(ids)} tokens with the stop token; this world listens to {world.action_length}"
+        )
+    token_L = np.zeros(world.action_length, np.int32)
+    token_L[: len(ids)] = ids
+    return Utterance(jnp.asarray(token_L), jnp.int32(len(ids)))
+
+
+def _with_stop(world: TextWorld, ids: list[int]) -> list[int]:
+    return ids if ids and ids[-1] == world.stop_token else [*ids, world.stop_token]
+
+
+def _heard(world: TextWorld, observation: Utterance) -> str:
+    return decode(world, np.asarray(observation.token_L)[: int(observation.length)].tolist())
+
+
+def _spoken_space(world: TextWorld) -> Any:
+    """The texts that can be said in a world, as a space of Gymnasium."""
+    from gymnasium import spaces  # pyright: ignore[reportMissingImports]
+
+    class Spoken(spaces.Text):
+        """Texts of a world's vocabulary."""
+
+        def sample(self, mask: Any = None, probability: Any = None) -> str:
+            if mask is not None or probability is not None:
+                raise ValueError("texts of a world's vocabulary are sampled without a mask or probabilities")
+            count = int(self.np_random.integers(world.action_length))
+            ids = self.np_random.integers(1, len(world.vocabulary), count)
+            return decode(world, [int(i) for i in ids if i != world.stop_token])
+
+        def contains(self, x: Any) -> bool:
+            if not super().contains(x):
+                return False
+            ids, end = known_part(world.vocabulary, x)
+            return end == len(x) and len(_with_stop(world, ids)) <= world.action_length
+
+    most = world.action_length * max(map(len, world.vocabulary))
+    return Spoken(most, min_length=0, charset=_letters(world))
 
 
 def _default_space(env: Environment, params: PyTree) -> Any:
