@@ -1,8 +1,9 @@
 """Every method against the exact answer, on a language model of which every sequence can be listed.
 
 It prints, and writes to report.md, how far each method ends from pi* = ref exp(reward / beta) / Z and, where theory
-gives it another fixed point, from that one; the mean gradient of every advantage and KL estimator beside the true
-one; the law of DPO's error in the number of judgements; and how DPO overfits too few of them.
+gives it another fixed point, from that one, and the value that it gives the start from beta log Z; the mean gradient
+of every advantage and KL estimator beside the true one; the law of DPO's error in the number of judgements; and how
+DPO overfits too few of them.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Config:
     betas: tuple[float, ...] = (0.5, 1.0)
     """Reward per nat of KL: each method is run at each of them."""
     steps: int = 1500
-    """Updates of a method on policy."""
+    """Updates of a method that samples."""
     prompts: int = 128
     """Groups of samples of an update."""
     samples: int = 8
@@ -35,7 +36,7 @@ class Config:
     learning_rate: float = 0.1
     """Peak step size for a table, falling to 0."""
     transformer_steps: int = 1500
-    """Updates of a method on policy, for the transformer."""
+    """Updates of a method that samples, for the transformer."""
     transformer_learning_rate: float = 3e-3
     """Peak step size for the transformer, falling to 0."""
     pairs: int = 16_384
@@ -63,7 +64,7 @@ def run(config: Config, folder) -> dict[str, float]:
     import jax
 
     from experiments.loop import run_once
-    from experiments.stages import referees
+    from experiments.stages import hard_labels, referees
     from rlhfjax.report import markdown_table, write_report
 
     if config.transformer.vocab_size != config.model.vocab_size:
@@ -77,16 +78,16 @@ def run(config: Config, folder) -> dict[str, float]:
         found = run_once(name, folder=folder, compute=trial.compute)
         rows += referees.method_rows(trial, found)
         summary |= {
-            f"{name}/{measure}": float(found[measure].max()) for measure in ("total_variation", "gap")
+            f"{name}/{measure}": float(found[measure].max())
+            for measure in ("total_variation", "gap", "to_own", "value_error")
+            if measure in found
         }
-        if trial.own is not None:
-            summary[f"{name}/to_own"] = float(found["to_own"].max())
     estimates = run_once("estimators", folder=folder, compute=referees.estimator_tables)
     noise = run_once(
-        "judgements", folder=folder, compute=lambda: referees.judgements(config, key, folder.max_steps)
+        "judgements", folder=folder, compute=lambda: hard_labels.judgements(config, key, folder.max_steps)
     )
     overfit = run_once(
-        "overfit", folder=folder, compute=lambda: referees.overfit(config, key, folder.max_steps)
+        "overfit", folder=folder, compute=lambda: hard_labels.overfit(config, key, folder.max_steps)
     )
     sections = referees.sections(config, rows, estimates, noise, overfit)
     for section in sections:

@@ -1,5 +1,6 @@
 """Every line of code in the paper index builds, and every algorithm in it takes a step that changes its parameters."""
 
+import dataclasses
 import re
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,22 @@ import numpy as np
 import optax
 import pytest
 
-from rlhfjax import config, ops, recipes, rewards
-from rlhfjax.algorithms import Algorithm, dpo, grpo, kto, ppo, reward_model, sft
+from rlhfjax import config, generation, networks, ops, recipes, rewards
+from rlhfjax.algorithms import (
+    Algorithm,
+    dpo,
+    dqn,
+    grpo,
+    ilql,
+    kto,
+    ppo,
+    pqn,
+    reward_model,
+    sft,
+    soft_q,
+    tabular_q,
+)
+from rlhfjax.environments import replay
 from rlhfjax.networks import decoder
 
 INDEX = Path(__file__).resolve().parents[1] / "docs" / "paper_index.md"
@@ -43,7 +58,34 @@ def score(params, token):
     return jnp.sum(logp_of(params, token), axis=-1)
 
 
+def text_values(params, token):
+    """Two heads on the table of logits, and its maximum for a value."""
+    logits = params["policy"]["logits"]
+    q = jnp.stack([logits, 0.5 * logits])
+    taken, best = q[:, jnp.arange(T), token], jnp.broadcast_to(jnp.max(logits, axis=1), token.shape)
+    log_softmax = jax.nn.log_softmax(q)[:, jnp.arange(T), token]
+    value = jnp.broadcast_to(params["critic"]["value"], token.shape)
+    return ilql.Evaluation(taken, value, log_softmax, logp_of(params, token), best)
+
+
+def soft_values(params, token):
+    normaliser = jax.nn.logsumexp(params["policy"]["logits"], axis=1)
+    return logp_of(params, token), jnp.broadcast_to(normaliser, token.shape)
+
+
+def action_values(params, state):
+    return params["policy"]["logits"][state]
+
+
+def quantiles(params, state):
+    return action_values(params, state)[..., None] + jnp.arange(3.0)[None, None]
+
+
 EVALUATE = {
+    "dqn": action_values,
+    "pqn": action_values,
+    "ilql": text_values,
+    "soft_q": soft_values,
     "ppo": actor_critic,
     "grpo": lambda params, token: actor_critic(params, token)[:2],
     "dpo": logp_of,
@@ -81,13 +123,47 @@ def default_batch(module: str, algorithm_code: str):
         others = kto.Mismatched(roll, MASK, logp_of(PARAMS, roll) - 0.1, jnp.ones((B, G), bool))
         label = jnp.asarray(np.arange(B * G).reshape(B, G) % 2, jnp.float32)
         return kto.Judged(TOKEN, MASK, ref, label, jnp.ones((B, G), bool), mismatched=others)
+    if module in VALUE_BATCHES:
+        return VALUE_BATCHES[module]
     return reward_model.Preference(TOKEN, *PAIRS.values())
 
 
+STATE, NEXT, ACTION = (
+    jax.random.randint(jax.random.key(i), (B, 4), 0, n) for i, n in ((3, T), (4, T), (5, V))
+)
+STEPS, ENDS = jax.random.normal(jax.random.key(6), (B, 4)), jnp.arange(4) == 3
+ENDED = jnp.broadcast_to(ENDS[None], (B, 4))
+TRANSITIONS = dqn.Batch(STATE, ACTION, STEPS, NEXT, ENDED, next_action_B=ACTION)
+EPISODES = ilql.Episodes(TOKEN, jnp.where(jnp.arange(T) == T - 1, REWARD[..., None], 0.0), MASK)
+VALUE_BATCHES = {
+    "dqn": jax.tree.map(lambda x: x.reshape(-1), TRANSITIONS),
+    "pqn": pqn.Rollout(STATE, ACTION, STEPS, ENDED, next_inputs=NEXT),
+    "tabular_q": tabular_q.Transition(STATE[0], ACTION[0], STEPS[0], NEXT[0], ENDS, next_action=ACTION[1]),
+    "ilql": EPISODES,
+    "soft_q": soft_q.Batch(TOKEN, logp_of(PARAMS, TOKEN) - 0.1, EPISODES.reward, MASK),
+    "sft": sft.Batch(TOKEN, jnp.ones((B, G, T))),
+}
+
+
 def namespace(module: str) -> dict[str, Any]:
-    names = {name: getattr(config, name) for name in ("PPO", "GRPO", "DPO", "KTO", "SFT", "RewardModel")}
-    modules = {"ppo": ppo, "grpo": grpo, "dpo": dpo, "kto": kto, "sft": sft, "reward_model": reward_model}
+    algorithms = (ppo, grpo, dpo, kto, sft, reward_model, dqn, pqn, tabular_q, ilql, soft_q)
+    modules = {x.__name__.rsplit(".", 1)[1]: x for x in algorithms} | {"replay": replay}
+    modules |= {"networks": networks, "generation": generation}
+    names = {name: x for name, x in vars(config).items() if dataclasses.is_dataclass(x)}
     values = {
+        "evaluate_quantiles": quantiles,
+        "trajectory": TRANSITIONS,
+        "episodes": EPISODES,
+        "next_q": jnp.ones((*REWARD.shape, 3)),
+        "value": jnp.ones_like(REWARD),
+        "next_value": jnp.ones_like(REWARD),
+        "log_ratio": jnp.zeros_like(REWARD),
+        "example": jnp.float32(0),
+        "held": replay.add(replay.init(jnp.float32(0), 8, prioritised=True), jnp.arange(8.0)),
+        "index": jnp.arange(4),
+        "error": jnp.arange(4.0),
+        "key": KEY,
+        "policy": LM.init(KEY),
         "inputs": TOKEN,
         "best_B": jnp.zeros(B, jnp.int32),
         "order_BG": jnp.broadcast_to(jnp.arange(G), (B, G)),
@@ -96,6 +172,7 @@ def namespace(module: str) -> dict[str, Any]:
         "mask_BGC": MASK,
         "score": REWARD,
         "gold": REWARD,
+        "reward": REWARD,
         "logp": jnp.log(jnp.full(8, 1 / 8)),
         "score_of_outcome": jnp.arange(8.0),
         "length": jnp.arange(1, 5),
@@ -141,17 +218,24 @@ def test_a_row_of_the_index_runs(paper, code):
     batches = [x for x in made if type(x).__module__ == "rlhfjax.algorithms.reward_model"]
     algorithms = [(piece, x) for piece, x in zip(code, made, strict=True) if isinstance(x, Algorithm)]
     for piece, algorithm in algorithms:
-        batch = batches[0] if batches else default_batch(piece.split(".", 1)[0], piece)
+        module = piece.split(".", 1)[0]
+        batch = batches[0] if batches else default_batch(module, piece)
+        start = PARAMS["policy"]["logits"] if module == "tabular_q" else PARAMS
         # A warm-up holds the policy; the critic learns.
-        state, metrics = jax.jit(algorithm.update)(algorithm.init(PARAMS), batch, KEY)
+        state, metrics = jax.jit(algorithm.update)(algorithm.init(start), batch, KEY)
         assert all(np.isfinite(x) for x in metrics.values()), paper
-        moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (PARAMS, state.params)), strict=True)]
+        end = state.q[0] if module == "tabular_q" else state.params
+        moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (start, end)), strict=True)]
         assert any(moved), f"{paper}: {piece} changed nothing"
-    if not algorithms:
-        for x in made:
-            assert callable(x) or isinstance(x, recipes.RLHF) or np.all(np.isfinite(np.asarray(x))), paper
+    for x in (x for x in made if not isinstance(x, Algorithm)):
+        assert all(is_sound(leaf) for leaf in jax.tree.leaves(x)), paper
+
+
+def is_sound(leaf: Any) -> bool:
+    """A function, a configuration, or numbers that are finite."""
+    return callable(leaf) or dataclasses.is_dataclass(leaf) or bool(np.all(np.isfinite(np.asarray(leaf))))
 
 
 def test_the_index_names_papers_by_number():
-    assert len(ROWS) > 45
-    assert sum(bool(re.search(r"\d{4}\.\d{5}", name)) for name, _ in ROWS) > 40
+    assert len(ROWS) > 75
+    assert sum(bool(re.search(r"\d{4}\.\d{5}", name)) for name, _ in ROWS) > 60

@@ -169,7 +169,8 @@ def summary(tmp_path_factory):
     folder = tmp_path_factory.mktemp("referee") / "run"
     assert run.main(["referee", "--run-dir", str(folder)]) == 0
     report = (folder / "report.md").read_text()
-    assert "GRPO without std" in report and "DPO on hard labels" in report
+    for title in ("GRPO without std", "soft Q, one step, uniform data", "DPO on hard labels"):
+        assert title in report
     return json.loads((folder / "summary.json").read_text())
 
 
@@ -193,6 +194,30 @@ def test_the_optimum_moves_with_beta():
 )
 def test_other_kl_terms_end_at_their_own_fixed_point(method, summary):
     assert summary[f"tabular_{method}/to_own"] <= 0.03 < 0.06 < summary[f"tabular_{method}/total_variation"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "method"),
+    [
+        *(("tabular", name) for name in ("soft_q", "soft_q_whole", "soft_q_mixed", "soft_q_both")),
+        ("transformer", "soft_q"),
+        ("transformer", "soft_q_both"),
+        ("tabular", "soft_q_on_policy"),
+        ("transformer", "soft_q_on_policy"),
+    ],
+)
+def test_soft_q_learning_reaches_the_optimum_that_ppo_reaches(policy, method, summary):
+    """And its value of the start is beta log Z, as is that of PPO's critic."""
+    assert summary[f"{policy}_{method}/total_variation"] <= 1e-3
+    assert summary[f"{policy}_{method}/value_error"] <= 1e-3
+    assert summary[f"{policy}_ppo/value_error"] <= 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ilql", "monte_carlo", "dqn"])
+def test_other_values_end_at_their_own_fixed_point(method, summary):
+    assert summary[f"tabular_{method}/to_own"] <= 0.03 < 0.2 < summary[f"tabular_{method}/total_variation"]
 
 
 @pytest.mark.slow

@@ -132,10 +132,12 @@ def train_online(
     *,
     steps: int,
     shape: tuple[int, int],
+    draw: Callable[..., jax.Array] = enumerable.sample,
 ) -> Any:
     """A whole run as one scan, to be jitted: sample [B, G] sequences of the policy, update, `steps` times. The params.
 
-    The key is consumed.
+    `draw(key, logp_N, shape)` gives the numbers of the sequences, where they are not to be the policy's. The key is
+    consumed.
     """
     every = jax.tree.map(jnp.asarray, world.every)
 
@@ -146,7 +148,7 @@ def train_online(
     def iterate(state, key):
         key_sample, key_update = jax.random.split(key)
         logp_N = enumerable.sequence_logp(evaluate, state.params, every)
-        index_BG = enumerable.sample(key_sample, logp_N, shape)
+        index_BG = draw(key_sample, logp_N, shape)
         state, _ = algorithm.update(state, as_batch(state.params, index_BG), key_update)
         return state, None
 

@@ -13,17 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.stages import enumerated_values as values
 from experiments.stages import estimators
 from experiments.stages.enumerated import (
     World,
-    all_pairs,
     evaluate_with,
     grpo_batch,
     ipo_optimum,
-    judged,
     pair_batch,
     pair_evaluate,
-    policy_logp,
     ppo_batch,
     random_pairs,
     sigmoid_optimum,
@@ -32,15 +30,22 @@ from experiments.stages.enumerated import (
     train_online,
     transformer_world,
 )
-from rlhfjax.algorithms import dpo, grpo, make_optimizer, ppo
-from rlhfjax.config import DPO, GRPO, PPO, Optimizer
+from experiments.stages.enumerated_values import Ended
+from experiments.stages.hard_labels import capped
+from rlhfjax.algorithms import dpo, grpo, ilql, make_optimizer, ppo, soft_q
+from rlhfjax.config import DPO, GRPO, ILQL, PPO, Optimizer, SoftQ
 from rlhfjax.environments import enumerable
 from rlhfjax.report import Section, Table
 
+IN_A_TRANSFORMER = ("ppo", "rloo", "grpo_no_std", "soft_q", "soft_q_both", "soft_q_on_policy", "dpo")
 # Whitening would blow up advantages that vanish at the optimum, and the noise of the steps with them.
 PPO_K1 = PPO(whiten_advantages=False, epochs=2, minibatches=2, value_clip=float("inf"), value_coefficient=1.0)
 NO_STD = GRPO(scale="none", aggregation="constant", length_constant=1.0)
 RLOO = replace(NO_STD, baseline="leave_one_out", clip="none", kl_placement="score", kl_estimator="k1")
+
+SOFT_Q = SoftQ(polyak=0.05)
+EXPECTILE = 0.7
+VALUES = ILQL(discount=1.0, polyak=0.05, cql_coefficient=None, policy_coefficient=None, expectile=EXPECTILE)
 
 Answer = Callable[[World, float], np.ndarray]  # (world, beta) -> log-probabilities [N]
 
@@ -61,42 +66,36 @@ def trials(config, key: jax.Array, max_steps: int | None) -> dict[str, Trial]:
     table = tabular_world(config.model, key_table)
     transformer = transformer_world(config.model, config.transformer, key_transformer)
     kinds = {
-        "tabular": (table, config.betas, config.learning_rate, _capped(config.steps, max_steps)),
+        "tabular": (table, config.betas, config.learning_rate, config.steps),
         "transformer": (
             transformer,
             config.betas[-1:],
             config.transformer_learning_rate,
-            _capped(config.transformer_steps, max_steps),
+            config.transformer_steps,
         ),
     }
     found = {}
     for kind, (world, betas, learning_rate, steps) in kinds.items():
-        for name, (method, settings, own) in _online(config.samples).items():
-            if kind == "tabular" or own is None and name != "grpo":
-                train = partial(
-                    _train_online,
-                    world,
-                    settings,
-                    key_run,
-                    learning_rate=learning_rate,
-                    steps=steps,
-                    config=config,
-                )
+        methods = _methods(config, world, key_run, steps=steps, max_steps=max_steps)
+        for name, (method, train, own) in methods.items():
+            if kind == "tabular" or name in IN_A_TRANSFORMER:
+                train = partial(train, learning_rate=learning_rate, config=config)
                 compute = partial(_compute, world, betas, own, train)
                 found[f"{kind}_{name}"] = Trial(kind, method, betas, own, compute)
-        pair_steps = _capped(config.pair_steps, max_steps)
-        for name, (method, settings, own) in _on_pairs(config, world).items():
-            if kind == "tabular" or own is None:
-                train = partial(
-                    _train_on_pairs,
-                    world,
-                    settings,
-                    learning_rate=learning_rate,
-                    steps=pair_steps,
-                    config=config,
-                )
-                compute = partial(_compute, world, betas, own, train)
-                found[f"{kind}_{name}"] = Trial(kind, method, betas, own, compute)
+    return found
+
+
+def _methods(config, world: World, key: jax.Array, *, steps: int, max_steps: int | None):
+    """Name -> title, run, own fixed point; `run(beta, learning_rate=..., config=...)` gives how it ended."""
+    found: dict[str, tuple[str, Callable[..., Ended], Answer | None]] = {}
+    steps, pair_steps = capped(steps, max_steps), capped(config.pair_steps, max_steps)
+    for name, (method, settings, own) in _online(config.samples).items():
+        found[name] = (method, partial(_train_online, world, settings, key, steps=steps), own)
+    for name, (method, settings, draw, own) in _of_values(world).items():
+        train = _train_soft if isinstance(settings, SoftQ) else _train_values
+        found[name] = (method, partial(train, world, settings, draw, key, steps=steps), own)
+    for name, (method, settings, own) in _on_pairs(config, world).items():
+        found[name] = (method, partial(_train_on_pairs, world, settings, steps=pair_steps), own)
     return found
 
 
@@ -134,6 +133,55 @@ def _online(samples: int) -> dict[str, tuple[str, PPO | GRPO, Answer | None]]:
     }
 
 
+def _of_values(world: World) -> dict[str, tuple[str, SoftQ | ILQL, values.Draw, Answer | None]]:
+    """Name -> title, settings, data, own fixed point. The last three learn tables, and know no KL while they do."""
+    reference = values.of_reference(world)
+
+    def guided(state_value):
+        return lambda world, beta: values.guided_optimum(world, state_value, beta=beta)
+
+    return {
+        "soft_q": ("soft Q, one step, uniform data", SOFT_Q, values.uniform, None),
+        "soft_q_whole": (
+            "soft Q, whole episodes, uniform data",
+            replace(SOFT_Q, steps=(0,)),
+            values.uniform,
+            None,
+        ),
+        "soft_q_mixed": (
+            "soft Q, one step and whole episodes, uniform data",
+            replace(SOFT_Q, steps=(1, 0)),
+            values.uniform,
+            None,
+        ),
+        "soft_q_both": (
+            "path consistency, uniform data",
+            replace(SOFT_Q, gradient="both"),
+            values.uniform,
+            None,
+        ),
+        "soft_q_on_policy": ("soft Q, one step, on policy", SOFT_Q, enumerable.sample, None),
+        "ilql": (
+            f"ILQL (expectile {EXPECTILE}), guided, samples of the reference",
+            VALUES,
+            reference,
+            guided(partial(values.expectile_value, expectile=EXPECTILE)),
+        ),
+        "monte_carlo": (
+            "values of the reference (Monte Carlo), guided, its samples",
+            replace(VALUES, bootstrap="returns", expectile=0.5),
+            reference,
+            guided(values.mean_value),
+        ),
+        "dqn": (
+            "DQN, greedy, uniform data",
+            replace(VALUES, bootstrap="max", expectile=None),
+            values.uniform,
+            lambda world, beta: values.best_sequence(world),
+        ),
+    }
+
+
 def _on_pairs(config, world: World) -> dict[str, tuple[str, DPO, Answer | None]]:
     pairs = _pairs(config, world)
 
@@ -159,36 +207,71 @@ def _pairs(config, world: World):
 
 
 def _train_online(world: World, settings, key, beta, *, learning_rate, steps, config):
-    """The trained params; beta may be traced."""
+    """How a run of a policy-gradient method ended; beta may be traced."""
     settings = replace(settings, kl_coefficient=beta)
-    total = steps * settings.epochs * settings.minibatches
-    optimizer = make_optimizer(Optimizer(learning_rate=learning_rate, max_grad_norm=None), total)
-    algorithm, batch = (ppo, ppo_batch) if isinstance(settings, PPO) else (grpo, grpo_batch)
+    has_value = isinstance(settings, PPO)
+    algorithm, batch = (ppo, ppo_batch) if has_value else (grpo, grpo_batch)
+    optimizer = _adam(learning_rate, steps * settings.epochs * settings.minibatches)
     made = algorithm.make(evaluate_with(world), optimizer, settings)
-    return train_online(world, made, batch(world), key, steps=steps, shape=(config.prompts, config.samples))
+    shape = (config.prompts, config.samples)
+    logits_SV, value_S = world.table(train_online(world, made, batch(world), key, steps=steps, shape=shape))
+    # Rewards hold the penalty: the critic's value of the start is the objective itself.
+    return Ended(logits_SV, value_S[0] if has_value else None)
+
+
+def _train_soft(world: World, settings: SoftQ, draw, key, beta, *, learning_rate, steps, config):
+    """The same of soft Q-learning."""
+    settings = replace(settings, beta=beta)
+    made = soft_q.make(values.soft_evaluate(world), _adam(learning_rate, steps), settings)
+    shape, batch = (config.prompts, config.samples), values.soft_batch(world)
+    logits_SV, _ = world.table(train_online(world, made, batch, key, steps=steps, shape=shape, draw=draw))
+    return Ended(logits_SV, beta * values.log_partition(world, logits_SV)[0])
+
+
+def _train_values(world: World, settings: ILQL, draw, key, beta, *, learning_rate, steps, config):
+    """The same of tables of Q and V, and of the policy made of them."""
+    key_init, key_run = jax.random.split(key)
+    heads = 1 if settings.bootstrap == "returns" else 2
+    tables = values.init_values(world, key_init, heads)
+    # Whoever draws, it is not the policy: what stands for it here is not read.
+    data = world._replace(params=tables, table=lambda params: (params["q"][0], params["v"]))
+    made = ilql.make(values.table_evaluate, _adam(learning_rate, steps), settings)
+    shape, batch = (config.prompts, config.samples), values.episodes(world)
+    params = train_online(data, made, batch, key_run, steps=steps, shape=shape, draw=draw)
+    return (
+        values.greedy_policy(params)
+        if settings.bootstrap == "max"
+        else values.guided_policy(world, params, beta)
+    )
 
 
 def _train_on_pairs(world: World, settings, beta, *, learning_rate, steps, config):
     settings = replace(settings, beta=beta)
-    optimizer = make_optimizer(Optimizer(learning_rate=learning_rate, max_grad_norm=None), steps)
-    made = dpo.make(pair_evaluate(world), optimizer, settings)
+    made = dpo.make(pair_evaluate(world), _adam(learning_rate, steps), settings)
     params, _ = train_on_pairs(world, made, pair_batch(world, _pairs(config, world)), steps=steps)
-    return params
+    return Ended(world.table(params)[0])
+
+
+def _adam(learning_rate: float, steps: int):
+    return make_optimizer(Optimizer(learning_rate=learning_rate, max_grad_norm=None), steps)
 
 
 def _compute(world: World, betas: Sequence[float], own: Answer | None, train):
     """What `run_once` asks for: the measures at every beta."""
     start = time.perf_counter()
-    params = jax.block_until_ready(jax.jit(jax.vmap(train))(jnp.asarray(betas, jnp.float32)))
+    ended = jax.block_until_ready(jax.jit(jax.vmap(train))(jnp.asarray(betas, jnp.float32)))
     seconds = time.perf_counter() - start
     found = {name: np.zeros(len(betas)) for name in ("total_variation", "gap", *(["to_own"] if own else []))}
     for i, beta in enumerate(betas):
-        logp_N = policy_logp(world, jax.tree.map(lambda x, i=i: x[i], params))
+        logp_N = enumerable.table_logp(np.asarray(ended.logits_SV[i], np.float64), world.every)
         best_N = enumerable.optimal_policy(world.logp_ref_N, world.reward_N, beta=beta)
         found["total_variation"][i] = enumerable.total_variation(logp_N, best_N)
         found["gap"][i] = beta * enumerable.kl(logp_N, best_N)
         if own is not None:
             found["to_own"][i] = enumerable.total_variation(logp_N, own(world, beta))
+    if ended.value is not None:
+        best = [enumerable.optimal_objective(world.logp_ref_N, world.reward_N, beta=beta) for beta in betas]
+        found["value_error"] = np.abs(np.asarray(ended.value, np.float64) - best)
     metrics = {name: float(x.max()) for name, x in found.items()}
     return found | {"seconds": np.asarray(seconds)}, metrics, []
 
@@ -203,6 +286,7 @@ def method_rows(trial: Trial, found: Mapping[str, np.ndarray]) -> list[list[Any]
             f"{found['total_variation'][i]:.4f}",
             None if trial.own is None else f"{found['to_own'][i]:.4f}",
             f"{found['gap'][i]:.2g}",
+            f"{found['value_error'][i]:.4f}" if "value_error" in found else None,
             f"{float(found['seconds']):.1f}" if i == 0 else None,
         ]
         for i, beta in enumerate(trial.betas)
@@ -220,72 +304,11 @@ def estimator_tables():
     return arrays, {"largest_residue": float(arrays["penalties"][:, 1].max())}, []
 
 
-def judgements(config, key: jax.Array, max_steps: int | None):
-    """DPO on hard labels: mean distance from pi* over repetitions, for each number of judgements of a pair."""
-    world, beta = tabular_world(config.judged, key), 1.0
-    pairs, rng = all_pairs(world), np.random.default_rng(1)
-    labels = [[judged(pairs, n, rng).label_K for _ in range(config.repetitions)] for n in config.judgements]
-    train = partial(_fit_judged, world, pairs, config=config, steps=_capped(config.judged_steps, max_steps))
-    params = jax.jit(jax.vmap(jax.vmap(train)))(jnp.asarray(labels, jnp.float32))
-    best_N = enumerable.optimal_policy(world.logp_ref_N, world.reward_N, beta=beta)
-    apart = enumerable.total_variation(policy_logp_of_tables(world, params), best_N).mean(axis=1)
-    number = np.asarray(config.judgements) * pairs.label_K.size
-    exponent = np.polyfit(np.log(number), np.log(apart), 1)[0] if number.size > 1 else np.nan
-    return (
-        {"judgements": number, "total_variation": apart, "exponent": np.asarray(exponent)},
-        {"total_variation_of_most": float(apart[-1])},
-        [],
-    )
-
-
-def policy_logp_of_tables(world: World, params: dict) -> np.ndarray:
-    """[..., N] from tables with leading axes."""
-    logits = np.asarray(params["logits"], np.float64)
-    flat = [enumerable.table_logp(x, world.every) for x in logits.reshape(-1, *logits.shape[-2:])]
-    return np.reshape(flat, (*logits.shape[:-2], -1))
-
-
-def _fit_judged(world: World, pairs, label_K, *, config, steps):
-    optimizer = make_optimizer(Optimizer(learning_rate=config.learning_rate, max_grad_norm=None), steps)
-    made = dpo.make(pair_evaluate(world), optimizer, DPO(beta=1.0))
-    return train_on_pairs(world, made, pair_batch(world, pairs, label_K), steps=steps)[0]
-
-
-def overfit(config, key: jax.Array, max_steps: int | None):
-    """DPO on too few hard labels: the training loss falls to the end, and the true objective turns."""
-    world, rng, steps = (
-        tabular_world(config.judged, key),
-        np.random.default_rng(2),
-        _capped(config.judged_steps, max_steps),
-    )
-    pairs = judged(random_pairs(world, config.few, rng), 1, rng)
-    logp_ref_N, reward_N = (jnp.asarray(x, jnp.float32) for x in (world.logp_ref_N, world.reward_N))
-    optimizer = make_optimizer(Optimizer(learning_rate=config.few_learning_rate, max_grad_norm=None), steps)
-    made = dpo.make(pair_evaluate(world), optimizer, DPO(beta=1.0))
-    watch = partial(enumerable.objective, logp_ref=logp_ref_N, reward=reward_N, beta=1.0)
-    train = jax.jit(
-        lambda: train_on_pairs(world, made, pair_batch(world, pairs), steps=steps, watch=watch)[1]
-    )
-    loss, true = (np.asarray(x, np.float64) for x in train())
-    found = {
-        "loss_first": loss[0],
-        "loss_last": loss[-1],
-        "objective_first": true[0],
-        "objective_best": true.max(),
-        "objective_last": true[-1],
-        "step_best": true.argmax(),
-        "objective_optimum": enumerable.optimal_objective(world.logp_ref_N, world.reward_N, beta=1.0),
-    }
-    arrays = {name: np.asarray(x) for name, x in found.items()} | {"loss": loss, "objective": true}
-    return arrays, {name: float(x) for name, x in found.items()}, []
-
-
 def sections(config, rows, estimates, noise, overfit) -> list[Section]:
     """The report's tables."""
     size = f"{config.model.vocab_size}^{config.model.length}"
-    methods = Table(
-        ["policy", "method", "beta", "TV to pi*", "TV to its own fixed point", "J* - J", "seconds"], rows
-    )
+    distances = ["TV to pi*", "TV to its own fixed point", "J* - J", "error of V(start)"]
+    methods = Table(["policy", "method", "beta", *distances, "seconds"], rows)
     advantages = [
         [name, f"{scale:.4f}", f"{residue:.4f}"]
         for name, (scale, residue) in zip(
@@ -310,7 +333,11 @@ def sections(config, rows, estimates, noise, overfit) -> list[Section]:
     ]
     multiple = ["multiple of the true gradient", "residue"]
     return [
-        Section(f"Methods on {size} sequences", "Total variation to pi*, in float64.", methods),
+        Section(
+            f"Methods on {size} sequences",
+            "TV: total variation, in float64. Error of V(start): its distance from beta log Z.",
+            methods,
+        ),
         Section(
             "Mean gradient of the advantages",
             "By enumeration of all groups.",
@@ -332,7 +359,3 @@ def sections(config, rows, estimates, noise, overfit) -> list[Section]:
             Table(["", "training loss", "true J"], course),
         ),
     ]
-
-
-def _capped(steps: int, most: int | None) -> int:
-    return steps if most is None else min(steps, most)
