@@ -1,0 +1,50 @@
+"""Several methods in one world, in one run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.stages import control
+from experiments.stages.control_report import report
+from experiments.stages.control_scenes import Scene
+from rlhfjax.environments import Environment
+from rlhfjax.run_folder import RunFolder
+
+
+def compare(
+    title: str,
+    env: Environment,
+    config: Any,
+    folder: RunFolder,
+    *,
+    most_steps: int,
+    solved: float,
+    scene: Scene | None = None,
+    seen: Mapping[str, tuple[Environment, Scene]] | None = None,
+    text: str = "",
+) -> dict[str, float]:
+    """Runs the methods that `config.algorithms` names, each by the section of its name; returns summary.json.
+
+    Args:
+      title, text: of the report, and its first words.
+      env, scene: the world and how it is drawn.
+      config: `algorithms`, `seeds`, `points`, `episodes`, `final_episodes` and a section for each method.
+      most_steps: of an episode that is evaluated.
+      solved: mean return from which on it counts as solved.
+      seen: world and drawing of single methods, by name, where they see it otherwise.
+
+    Raises:
+      ValueError: bad settings, before anything is run.
+    """
+    known = [name for name in control.TRAININGS if hasattr(config, name)]
+    jobs = []
+    for name in control.choose(config.algorithms, known):
+        own = getattr(config, name)
+        its_env, its_scene = (seen or {}).get(name, (env, scene))
+        world = control.World(title, its_env, most_steps, solved, its_scene.draw if its_scene else None)
+        plan = control.make_plan(config, own)
+        jobs.append((name, control.TRAININGS[name](its_env, own), world, plan, its_scene))
+    found = [
+        (control.run_training(name, training, world, plan, folder)[0], its_scene)
+        for name, training, world, plan, its_scene in jobs
+    ]
+    return report(f"{title}, {config.seeds} seeds", solved, found, folder, text)
