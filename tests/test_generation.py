@@ -1,5 +1,7 @@
 """Sampling against exact distributions, generation against the training forward."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def test_tokens_are_drawn_by_inverting_the_distribution(size):
     logits = jax.random.normal(jax.random.key(9), (size,)) * 1.5
     n = 20_000
     uniform = (jnp.arange(n) + 0.5) / n
-    token, logp = jax.jit(sample_token)(jnp.tile(logits[None], (n, 1)), uniform, default(0.8))
+    token, logp, _ = jax.jit(sample_token)(jnp.tile(logits[None], (n, 1)), uniform, default(0.8))
     p = np.exp(np.asarray(logits, np.float64) / 0.8)
     p /= p.sum()
     np.testing.assert_allclose(np.bincount(token, minlength=size) / n, p, atol=2.5 / n)
@@ -82,7 +84,7 @@ def test_tokens_are_drawn_by_inverting_the_distribution(size):
 def test_no_token_of_probability_zero_is_drawn(size):
     logits = jnp.where(jnp.arange(size) % 3 == 0, 0.0, -jnp.inf)
     uniform = jnp.asarray([0.0, 0.5, 1.0 - 2**-24, 0.999999])
-    token, logp = sample_token(jnp.tile(logits[None], (4, 1)), uniform, default())
+    token, logp, _ = sample_token(jnp.tile(logits[None], (4, 1)), uniform, default())
     assert np.all(np.asarray(token) % 3 == 0)
     np.testing.assert_allclose(logp, -np.log(-(-size // 3)), atol=1e-5)
     assert token[0] == 0 and token[2] == (size - 1) // 3 * 3
@@ -91,14 +93,14 @@ def test_no_token_of_probability_zero_is_drawn(size):
 def test_temperature_zero_is_greedy_and_rows_may_differ():
     logits = jax.random.normal(jax.random.key(1), (2, 70))
     sampling = default()._replace(temperature=jnp.asarray([0.0, 1.0]))
-    token, logp = sample_token(logits, jnp.asarray([0.99, 0.0]), sampling)
+    token, logp, _ = sample_token(logits, jnp.asarray([0.99, 0.0]), sampling)
     assert token[0] == jnp.argmax(logits[0]) and logp[0] == 0.0
     assert token[1] == 0 and logp[1] < 0
 
 
 def test_sampled_filters_give_renormalised_logp():
     logits = jax.random.normal(jax.random.key(2), (1, 70))
-    token, logp = sample_token(logits, jnp.asarray([0.3]), default(top_k=3))
+    token, logp, _ = sample_token(logits, jnp.asarray([0.3]), default(top_k=3))
     top = np.sort(np.asarray(logits[0], np.float64))[-3:]
     expected = float(logits[0, token[0]]) - np.log(np.exp(top).sum())
     np.testing.assert_allclose(logp[0], expected, atol=1e-5)
@@ -166,3 +168,49 @@ def test_changing_the_sampling_compiles_nothing():
 def test_too_long_is_refused():
     with pytest.raises(ValueError, match="exceeds the model's max_positions 32"):
         generate(LM, PARAMS, PROMPT, MASK, keys(), max_new_tokens=29, stop_tokens=STOP)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_cache_that_grows_gives_what_a_whole_one_gives(monkeypatch, samples):
+    module = importlib.import_module("rlhfjax.generation.generate")
+    assert module.bucket_lengths(4, samples, 8) == [8]  # short: one piece
+
+    def rollout():
+        return jax.jit(
+            lambda keys: generate(LM, PARAMS, PROMPT, MASK, keys, max_new_tokens=8, stop_tokens=STOP)
+        )(keys(samples))
+
+    whole = rollout()
+    monkeypatch.setattr(module, "_FIRST_COLUMNS", 5)
+    assert module.bucket_lengths(4, samples, 8) == {1: [4, 8], 3: [1, 4, 8]}[samples]
+    grown = rollout()
+    for name in ("token_BGC", "mask_BGC", "finished_BG"):
+        np.testing.assert_array_equal(getattr(grown, name), getattr(whole, name))
+    np.testing.assert_allclose(grown.logp_BGC, whole.logp_BGC, atol=1e-5)
+    assert np.asarray(whole.mask_BGC.sum(-1)).max() == 8
+
+
+def test_stop_tokens_may_differ_by_row_and_be_arrays():
+    stops = jnp.asarray([[2, 5]] * 4 + [[-1, -1]] * 4 + [[5, -1]] * 4)
+    out = jax.jit(
+        lambda stops: generate(LM, PARAMS, PROMPT, MASK, keys(), max_new_tokens=8, stop_tokens=stops)
+    )(stops)
+    usual = run(PROMPT, MASK, keys(), default())
+    np.testing.assert_array_equal(out.token_BGC[0], usual.token_BGC[0])
+    assert not out.finished_BG[1].any() and out.mask_BGC[1].all()
+    ends = np.asarray(out.token_BGC[2])[np.asarray(out.mask_BGC[2])]
+    assert (ends == 5).sum() == np.asarray(out.finished_BG[2]).sum()
+
+
+def test_the_repetition_penalty_reaches_prompt_and_completion():
+    """So strong that no token comes twice, and none of the prompt's; the order of the others stays."""
+    sampling = default(0.0)._replace(repetition_penalty=jnp.float32(1e6), min_new_tokens=jnp.int32(8))
+    out = jax.jit(
+        lambda s: generate(LM, PARAMS, PROMPT, MASK, keys(1), max_new_tokens=8, stop_tokens=STOP, sampling=s)
+    )(sampling)
+    for b in range(3):
+        drawn = np.asarray(out.token_BGC[b, 0]).tolist()
+        assert len(set(drawn)) == 8 and not set(drawn) & set(
+            np.asarray(PROMPT[b])[np.asarray(MASK[b])].tolist()
+        )
+        assert not set(drawn) & set(STOP)

@@ -229,7 +229,12 @@ def reward_on_host(generation: Generation) -> np.ndarray:
     )
 
 
-def compose(algorithm=ALGORITHM, reward=reward_on_device, missing_eos_penalty: float | None = None):
+def compose(
+    algorithm=ALGORITHM,
+    reward=reward_on_device,
+    missing_eos_penalty: float | None = None,
+    slots: int | None = None,
+):
     return make_rlhf(
         LM,
         algorithm,
@@ -240,6 +245,7 @@ def compose(algorithm=ALGORITHM, reward=reward_on_device, missing_eos_penalty: f
         stop_tokens=STOP,
         temperature=TEMPERATURE,
         missing_eos_penalty=missing_eos_penalty,
+        slots=slots,
     )
 
 
@@ -325,6 +331,13 @@ def test_the_first_step_is_on_policy():
     assert float(metrics["policy/ratio_max"]) == pytest.approx(1.0, abs=1e-4)
     assert float(metrics["policy/approximate_kl"]) == pytest.approx(0.0, abs=1e-8)
     assert float(metrics["policy/clip_fraction"]) == 0.0
+
+
+def test_a_rollout_through_slots_is_the_same(generation):
+    refilled = jax.jit(compose(slots=3).rollout)(start(), make_prompts(), jax.random.key(7))
+    np.testing.assert_array_equal(refilled.token_BGC, generation.token_BGC)
+    np.testing.assert_array_equal(refilled.mask_BGC, generation.mask_BGC)
+    np.testing.assert_allclose(refilled.plain_logp_BGC, generation.plain_logp_BGC, atol=1e-4)
 
 
 def test_completions_do_not_depend_on_the_order_of_the_batch(generation):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.generation.sampling import filter_logits
+from rlhfjax.generation.filters import filter_logits
 from rlhfjax.networks.decoder import LanguageModel
 from rlhfjax.networks.q_heads import q_advantage
 
@@ -27,6 +27,7 @@ def guided(
     *,
     advantage: Callable[[dict, jax.Array], jax.Array] = q_advantage,
     top_k: int = 0,
+    min_p: float = 0.0,
 ) -> LanguageModel:
     """`lm` guided by a value, as a language model with params {"base", "guide", "beta"}.
 
@@ -37,6 +38,8 @@ def guided(
       advantage: `(params["guide"], hidden [..., D]) -> [..., V]`, in units of reward; for a bound on it,
         `lambda params, hidden: jnp.minimum(q_advantage(params, hidden), 0.0)`.
       top_k: only the base policy's k most likely tokens can be drawn; 0: all. Static.
+      min_p: only tokens that the base policy gives at least min_p times its largest probability can be drawn, so that
+        no value of a token that nobody says is trusted (discrete BCQ, arXiv 1910.01708); 0: all. Static.
 
     params["beta"] is nats per unit of reward, a scalar or [B, 1]. Where it is 0 the distribution is that of the base
     policy exactly, whatever the value says, also NaN.
@@ -46,6 +49,8 @@ def guided(
     """
     if top_k < 0:
         raise ValueError(f"top_k={top_k} must be at least 0; 0 keeps all tokens")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p} must lie in [0, 1]; 0 keeps all tokens")
     width, layers = lm.config.width, lm.config.layers
     positions = lm.config.max_positions
     if trunk is not None:
@@ -63,9 +68,9 @@ def guided(
 
     def logits(params: dict, hidden: jax.Array) -> jax.Array:
         of_base = lm.logits(params["base"], hidden[..., :width].astype(lm.config.dtype))
-        if top_k:
+        if top_k or min_p:
             rows = of_base.reshape(-1, of_base.shape[-1])
-            of_base = filter_logits(rows, top_k, 1.0, 0.0).reshape(of_base.shape)
+            of_base = filter_logits(rows, top_k, 1.0, min_p).reshape(of_base.shape)
         read = hidden if trunk is None else hidden[..., width:].astype(trunk.config.dtype)
         gain = advantage(params["guide"], read)
         if gain.shape != of_base.shape:
@@ -78,6 +83,12 @@ def guided(
         of_guide = () if trunk is None else trunk.init_cache(batch, slots)
         return (*lm.init_cache(batch, slots), *of_guide)
 
+    def for_decoding(params: dict) -> dict:
+        params = params | {"base": lm.for_decoding(params["base"])}
+        if trunk is None:
+            return params
+        return params | {"guide": params["guide"] | {"trunk": trunk.for_decoding(params["guide"]["trunk"])}}
+
     def absent(*_):
         raise ValueError(
             "a guided model has no embedding and no init: its logits are `logits(params, hidden)`, its params those "
@@ -85,4 +96,4 @@ def guided(
         )
 
     config = dataclasses.replace(lm.config, max_positions=positions)
-    return LanguageModel(config, absent, apply, absent, logits, init_cache)
+    return LanguageModel(config, absent, apply, absent, logits, init_cache, for_decoding)

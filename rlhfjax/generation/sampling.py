@@ -1,8 +1,6 @@
 """Sampling one token per row, without a sort of the vocabulary and without a draw per vocabulary entry.
 
-Every setting is an array, one number for all rows or one per row, so that changing it compiles nothing anew.
-
-Shapes: R rows, V vocabulary.
+Shapes: R rows, V vocabulary, k token ids.
 """
 
 from typing import NamedTuple
@@ -11,30 +9,40 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhfjax.generation.filters import least_mass
+from rlhfjax.generation.processors import process_logits
+from rlhfjax.generation.settings import Sampling, check_sampling
+
 _BLOCK = 64  # vocabulary entries a block of the two-level search
 
 
-class Sampling(NamedTuple):
-    """What turns logits into a distribution; scalars or [R] arrays.
+class Drawn(NamedTuple):
+    """One token a row."""
 
-    The order is temperature, top-k, top-p (of what top-k kept), min-p, as in transformers.
-    """
-
-    temperature: jax.Array | float = 1.0  # logits are divided by it; 0 means greedy
-    top_k: jax.Array | int = 0  # keep the k most likely; 0 keeps all. Ties with the k-th are kept.
-    # Keep the fewest tokens whose mass reaches top_p; 1 keeps all (arXiv 1904.09751).
-    top_p: jax.Array | float = 1.0
-    # Keep tokens of at least min_p times the largest probability (arXiv 2407.01082).
-    min_p: jax.Array | float = 0.0
+    token_R: jax.Array  # int32
+    logp_R: (
+        jax.Array
+    )  # float32, under the processed distribution, from which it was drawn; greedy and forced: 0
+    # float32, under the model's own distribution at the given temperature (greedy: at 1), nothing left out or
+    # penalised: what a network that is trained gives, and so what an importance ratio over it needs.
+    plain_logp_R: jax.Array
 
 
 def sample_token(
-    logits_RV: jax.Array, uniform_R: jax.Array, sampling: Sampling
-) -> tuple[jax.Array, jax.Array]:
+    logits_RV: jax.Array,
+    uniform_R: jax.Array,
+    sampling: Sampling,
+    *,
+    step: jax.Array | int = 0,
+    seen_RT: jax.Array | None = None,
+    stop_tokens: jax.Array | None = None,
+) -> Drawn:
     """Draws a token per row by inverting the distribution function at `uniform_R`, float32 in [0, 1).
 
-    Returns (token_R int32, logp_R float32): `logp` is the log-probability under the distribution that was sampled
-    from, temperature and filters included, which is what an importance ratio needs. A greedy row has logp 0.
+    Args:
+      step: int32, tokens drawn before, a scalar or [R]; `min_new_tokens` and `forced_tokens` go by it.
+      seen_RT: int32 ids that `repetition_penalty` is for, -1 where there is none; any order, any number of times.
+      stop_tokens: int32 ids [k] or [R, k] that `min_new_tokens` holds back, -1 void.
 
     The search has two levels: sums of blocks of 64 entries first, then the entries of one block. It needs one pass
     over the vocabulary and one uniform number a row, where the Gumbel trick needs V of them.
@@ -42,17 +50,15 @@ def sample_token(
     chex.assert_rank([logits_RV, uniform_R], [2, 1])
     chex.assert_type([logits_RV, uniform_R], float)
     rows = logits_RV.shape[0]
+    check_sampling(sampling, rows)
     temperature_R = jnp.broadcast_to(jnp.asarray(sampling.temperature, jnp.float32), (rows,))
     greedy_R = temperature_R <= 0
-    logits_RV = logits_RV.astype(jnp.float32) / jnp.where(greedy_R, 1.0, temperature_R)[:, None]
-    top_k, top_p, min_p = (jnp.asarray(x) for x in sampling[1:])
-    filtered = jnp.any(top_k > 0) | jnp.any(top_p < 1) | jnp.any(min_p > 0)
-    logits_RV = jax.lax.cond(
-        filtered, lambda x: filter_logits(x, top_k, top_p, min_p), lambda x: x, logits_RV
-    )
-
+    plain_RV = logits_RV.astype(jnp.float32) / jnp.where(greedy_R, 1.0, temperature_R)[:, None]
+    # A temperature is positive, so that penalties and bans may as well come after it.
+    logits_RV, changed = process_logits(plain_RV, sampling, step, seen_RT, stop_tokens)
     highest_R = jnp.max(logits_RV, axis=1)
     mass_RV = jnp.exp(logits_RV - highest_R[:, None])
+    mass_RV, all_R, filtered = _filter(mass_RV, sampling)
     token_R, total_R = _invert(mass_RV, uniform_R)
     # One more pass over the vocabulary, where a row asks for it.
     token_R = jax.lax.cond(
@@ -60,9 +66,57 @@ def sample_token(
         lambda: jnp.where(greedy_R, jnp.argmax(logits_RV, axis=1).astype(jnp.int32), token_R),
         lambda: token_R,
     )
-    logit_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
-    logp_R = jnp.where(greedy_R, 0.0, logit_R - highest_R - jnp.log(total_R))
-    return token_R, logp_R
+    certain_R = greedy_R
+    if sampling.forced_tokens is not None:
+        forced_R = _forced(jnp.asarray(sampling.forced_tokens), step, rows)
+        token_R = jnp.where(forced_R >= 0, forced_R, token_R)
+        certain_R |= forced_R >= 0
+    logp_R = _pick(logits_RV, token_R) - (highest_R + jnp.log(total_R))
+    log_all_R = highest_R + jnp.log(jnp.where(filtered, all_R, total_R))
+    if changed is not None:
+        log_all_R = jax.lax.cond(changed, lambda: jax.nn.logsumexp(plain_RV, axis=1), lambda: log_all_R)
+    return Drawn(token_R, jnp.where(certain_R, 0.0, logp_R), _pick(plain_RV, token_R) - log_all_R)
+
+
+def draw_tokens(
+    logits_RV: jax.Array,
+    key_R: jax.Array,
+    step: jax.Array,
+    sampling: Sampling,
+    seen_RT: jax.Array | None,
+    stop_tokens: jax.Array,
+) -> Drawn:
+    """`sample_token` with the uniform number that a completion's own key gives at this step, a scalar or [R]."""
+    step_R = jnp.broadcast_to(step, key_R.shape)
+    uniform_R = jax.vmap(jax.random.uniform)(jax.vmap(jax.random.fold_in)(key_R, step_R))
+    return sample_token(logits_RV, uniform_R, sampling, step=step, seen_RT=seen_RT, stop_tokens=stop_tokens)
+
+
+def _filter(mass_RV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(the mass kept, the sum of all mass, whether any row asks for a filter); the sum is 0 where none does."""
+    top_k, top_p, min_p = (jnp.asarray(x) for x in (sampling.top_k, sampling.top_p, sampling.min_p))
+    filtered = jnp.any(top_k > 0) | jnp.any(top_p < 1) | jnp.any(min_p > 0)
+
+    def keep(mass_RV):
+        all_R = jnp.sum(mass_RV, axis=1)
+        least_R = least_mass(mass_RV, all_R, top_k, top_p, min_p)
+        return jnp.where(mass_RV >= least_R[:, None], mass_RV, 0.0), all_R
+
+    mass_RV, all_R = jax.lax.cond(filtered, keep, lambda x: (x, jnp.zeros_like(x[:, 0])), mass_RV)
+    return mass_RV, all_R, filtered
+
+
+def _pick(values_RV: jax.Array, token_R: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(values_RV, token_R[:, None], axis=1)[:, 0]
+
+
+def _forced(forced: jax.Array, step: jax.Array | int, rows: int) -> jax.Array:
+    """The token each row must draw now, -1 where it is free."""
+    steps = forced.shape[-1]
+    forced_RC = jnp.broadcast_to(forced, (rows, steps))
+    step_R = jnp.broadcast_to(jnp.asarray(step), (rows,))
+    now_R = _pick(forced_RC, jnp.minimum(step_R, steps - 1))
+    return jnp.where(step_R < steps, now_R, -1).astype(jnp.int32)
 
 
 def _invert(mass_RV: jax.Array, uniform_R: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -92,52 +146,3 @@ def _first_beyond(mass_RN: jax.Array, target_R: jax.Array) -> jax.Array:
         jnp.any(beyond_RN, axis=1), jnp.argmax(beyond_RN, axis=1), jnp.argmax(mass_RN, axis=1)
     )
     return entry_R.astype(jnp.int32)
-
-
-def filter_logits(
-    logits_RV: jax.Array, top_k: jax.Array | int, top_p: jax.Array | float, min_p: jax.Array | float
-) -> jax.Array:
-    """Sets what top-k, top-p and min-p leave out to -inf; [R, V] float32. Settings are scalars or [R].
-
-    The thresholds are found by bisection over the bits of a float32: exact, and 32 passes of compare and sum
-    instead of a sort of the vocabulary.
-    """
-    rows, size = logits_RV.shape
-    top_k, top_p, min_p = (jnp.broadcast_to(jnp.asarray(x), (rows,)) for x in (top_k, top_p, min_p))
-    k_R = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
-    order_RV = _ordered_bits(logits_RV)
-    kth_R = _largest_threshold(order_RV, lambda kept: jnp.sum(kept, axis=1) >= k_R)
-    logits_RV = jnp.where(order_RV >= kth_R[:, None], logits_RV, -jnp.inf)
-
-    probability_RV = jax.nn.softmax(logits_RV, axis=1)
-    mass_R = top_p.astype(jnp.float32)
-
-    def enough(kept_RV):
-        return jnp.sum(jnp.where(kept_RV, probability_RV, 0.0), axis=1) >= mass_R
-
-    nucleus_R = _largest_threshold(order_RV, enough)
-    keep_RV = (order_RV >= nucleus_R[:, None]) | (top_p >= 1)[:, None]
-    floor_R = jnp.max(logits_RV, axis=1) + jnp.log(jnp.maximum(min_p, 1e-30))
-    keep_RV &= (logits_RV >= floor_R[:, None]) | (min_p <= 0)[:, None]
-    return jnp.where(keep_RV, logits_RV, -jnp.inf)
-
-
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """int32 that order as the float32 values do."""
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-
-
-def _largest_threshold(order_RV: jax.Array, enough) -> jax.Array:
-    """Per row the largest threshold t such that `enough(order >= t)`; `enough` is monotone in what is kept."""
-    lowest, highest = jnp.min(order_RV, axis=1), jnp.max(order_RV, axis=1)
-
-    def halve(_, bounds):
-        low, high = bounds
-        # low + (high - low + 1) / 2 without overflow: the bounds span up to 2^32.
-        middle = (low >> 1) + (high >> 1) + (low & high & 1) + ((low ^ high) & 1)
-        good = enough(order_RV >= middle[:, None])
-        return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
-
-    low, _ = jax.lax.fori_loop(0, 32, halve, (lowest, highest))
-    return low

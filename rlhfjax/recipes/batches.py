@@ -72,7 +72,7 @@ def ppo_batch(
         evaluation = Evaluation(*evaluate(state.params, branches, *reference))
         return ppo.Rollout(
             inputs=branches,
-            logp=generation.logp_BGC,
+            logp=generation.plain_logp_BGC,  # what `evaluate` gives, at the same temperature
             logp_ref=completion_logp(lm, frozen.reference, branches, temperature),
             value=_given("value", evaluation.value),
             reward=end_of_sequence_reward(score_BG, generation.mask_BGC, finished=generation.finished_BG),
@@ -124,7 +124,7 @@ def grpo_batch(
             kl = _given("kl", Evaluation(*exact_kl(state.params, branches, frozen.reference)).kl)
         return grpo.Rollout(
             inputs=branches,
-            logp=generation.logp_BGC,
+            logp=generation.plain_logp_BGC,  # what `evaluate` gives, at the same temperature
             logp_ref=completion_logp(lm, frozen.reference, branches, temperature) if reference else None,
             reward=score,
             mask=mask_BGC,

@@ -8,6 +8,7 @@ Shapes: B prompts, G samples of each, P prompt length, C completion length.
 """
 
 from collections.abc import Callable
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.algorithms.algorithm import Algorithm
-from rlhfjax.generation import Generation, Sampling, generate, sample_keys
+from rlhfjax.generation import Generation, Sampling, generate, generate_refilled, sample_keys
 from rlhfjax.networks import Branches, LanguageModel
 from rlhfjax.ops import masked_mean
 from rlhfjax.recipes.batches import AsBatch
@@ -71,6 +72,7 @@ def make_rlhf(
     missing_eos_penalty: float | None = None,
     greedy: bool = False,
     policy: Callable[[Any], dict] = itemgetter("policy"),
+    slots: int | None = None,
 ) -> RLHF:
     """Composes an iteration.
 
@@ -86,6 +88,8 @@ def make_rlhf(
       greedy: one more completion of each prompt, the last, is decoded greedily, for a baseline (ReMax). It is scored,
         and counted in no metric.
       policy: the language model's params among the algorithm's: the entry "policy", or `lambda params: params`.
+      slots: completions decoded at a time, so that short ones do not wait for long ones (`generate_refilled`, on one
+        device); None decodes all together. The completions are the same.
 
     A score that is not finite is never trained on, finished or not: its completion is masked out, and counted in
     "reward/nonfinite" (by `ppo` and `grpo`).
@@ -97,7 +101,8 @@ def make_rlhf(
             drawn = samples + 1
             last_G = jnp.arange(drawn) == samples
             sampling = Sampling(jnp.tile(jnp.where(last_G, 0.0, temperature), prompts.index_B.shape[0]))
-        return generate(
+        roll_out = generate if slots is None else partial(generate_refilled, slots=slots)
+        return roll_out(
             lm,
             policy(state.params),
             prompts.token_BP,
