@@ -251,6 +251,33 @@ def test_soft_values_are_differences_of_normalisers():
     np.testing.assert_allclose(given.final[0, 1], normalisers[0] - normalisers[1], rtol=1e-3, atol=1e-4)
 
 
+def test_a_temperature_divides_the_logits_of_policy_and_reference():
+    """At temperature T the soft values are those of embeddings divided by T, and so is the policy that is cloned."""
+    text, tilted = branches(), POLICY | {"embedding": POLICY["embedding"] * 1.3}
+    hidden, hidden_ref = (branch_hidden(LM, p, text)[0] for p in (tilted, POLICY))
+    logits, logits_ref = LM.logits(tilted, hidden) / 0.7, LM.logits(POLICY, hidden_ref) / 0.7
+    episodes = rated_episodes(text, jnp.ones((2, 3)))
+    batch = soft_batch(LM, POLICY, episodes, states=branch_states, temperature=0.7)
+    given = text_soft_q(LM, states=branch_states, temperature=0.7)(tilted, batch.inputs)
+    values = text_values(LM, states=branch_states, temperature=0.7)
+    cloned = values.evaluate(init_text_values(jax.random.key(1), LM, tilted), text).logp
+    on_policy = soft_q_batch(LM, temperature=0.7)(None, Frozen(POLICY, None), text, None, jnp.ones((2, 3)))
+    mask, token = np.asarray(batch.mask), text.completion_BGC[..., None]
+    expected = jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(logits_ref, axis=-1)
+    np.testing.assert_allclose(given.log_partition[mask], expected[mask], rtol=1e-3, atol=1e-4)
+    logp, logp_ref = (
+        jnp.take_along_axis(jax.nn.log_softmax(x), token, axis=-1)[..., 0][mask] for x in (logits, logits_ref)
+    )
+    for found, wanted in (
+        (given.logp, logp),
+        (cloned, logp),
+        (batch.logp_ref, logp_ref),
+        (on_policy.logp_ref, logp_ref),
+    ):
+        assert found is not None
+        np.testing.assert_allclose(found[mask], wanted, rtol=1e-3, atol=1e-4)
+
+
 def test_the_reference_is_the_optimum_of_no_reward():
     """The shift: with reward 0 a policy that starts as the reference has error 0 and V = 0 from the first step."""
     batch = soft_batch(LM, POLICY, rated_episodes(branches(), jnp.zeros((2, 3))), states=branch_states)

@@ -30,6 +30,7 @@ class Turns(NamedTuple):
 
     token_BN: jax.Array  # int32 [B, T + 1]
     mask_BN: jax.Array  # bool, True on real tokens, whoever said them
+    turn_BN: jax.Array | None = None  # int32, the turn of each token, from 0; needed where memory is limited
 
 
 class Turn(NamedTuple):
@@ -52,12 +53,23 @@ class States(NamedTuple):
 FindStates = Callable[[LanguageModel, dict, Any], States]
 
 
-def turn_states(lm: LanguageModel, params: dict, turns: Turns) -> States:
-    """Hidden states of `Turns`: one forward pass over each row."""
+def turn_states(lm: LanguageModel, params: dict, turns: Turns, *, memory: int | None = None) -> States:
+    """Hidden states of `Turns`: one forward pass over each row.
+
+    memory: turns that a token's attention reaches back over, its own among them; None: all. So does `play_games`.
+    """
     mask_BN = turns.mask_BN
     token_BN = jnp.where(mask_BN, turns.token_BN, 0)  # what stands in the padding need not be a token
     position_BN = jnp.maximum(jnp.cumsum(mask_BN.astype(jnp.int32), axis=1) - 1, 0)
     seen_BNN = causal_mask(mask_BN.astype(jnp.int32))
+    if memory is not None:
+        if turns.turn_BN is None:
+            raise ValueError(f"memory={memory} turns needs turn_BN, the turn of each token")
+        turn_BN = jnp.where(mask_BN, turns.turn_BN, 0)
+        seen_BNN &= turn_BN[:, None, :] > turn_BN[:, :, None] - memory
+        seen_BNN |= jnp.eye(seen_BNN.shape[1], dtype=bool)[
+            None
+        ]  # padding sees itself, so that softmax is finite
     hidden_BND, _ = lm.apply(params, token_BN, position_BT=position_BN, mask_BTS=seen_BNN)
     last_B = jnp.maximum(jnp.sum(mask_BN, axis=1) - 1, 0)
     final_BD = jnp.take_along_axis(hidden_BND, last_B[:, None, None], axis=1)[:, 0]
@@ -124,6 +136,7 @@ def text_values(
     lm: LanguageModel,
     *,
     states: FindStates = turn_states,
+    temperature: jax.Array | float = 1.0,
     cql_temperature: jax.Array | float = 1.0,
     double: bool = True,
     chunk_size: int | None = None,
@@ -132,6 +145,7 @@ def text_values(
 
     Args:
       states: `turn_states` or `branch_states`: which inputs the batches hold.
+      temperature: of the policy that is cloned, that of the samples in the data; the values know none.
       cql_temperature: of the softmax over Q in the CQL term.
       double: with bootstrap "max", the network in training chooses the best token and the target values it (double
         Q-learning); False: the target does both.
@@ -148,7 +162,11 @@ def text_values(
         value, of_policy = params["value"], states(lm, params["policy"], inputs)
         read = states(lm, value["trunk"], inputs) if "trunk" in value else of_policy
         logp = token_logprobs(
-            of_policy.before, lm.embedding(params["policy"]), of_policy.token, chunk_size=chunk_size
+            of_policy.before,
+            lm.embedding(params["policy"]),
+            of_policy.token,
+            temperature=temperature,
+            chunk_size=chunk_size,
         ).logp
         return ilql.Evaluation(
             taken=q_of_tokens(value["q"], read.before, read.token),
@@ -201,16 +219,23 @@ class SoftInputs(NamedTuple):
 
 
 def text_soft_q(
-    lm: LanguageModel, *, states: FindStates = turn_states, chunk_size: int | None = None
+    lm: LanguageModel,
+    *,
+    states: FindStates = turn_states,
+    temperature: jax.Array | float = 1.0,
+    chunk_size: int | None = None,
 ) -> Callable[[dict, SoftInputs], soft_q.Evaluation]:
     """`evaluate` of `soft_q` on text: params are the language model's, whose logits are Q / beta + log ref, shifted.
 
     V(s) / beta is logsumexp of the logits less that of the reference's, so the optimum has the logits of the reference
     plus Q* / beta, and a policy that starts as the reference starts with V = 0 (the shift of ShiQ, arXiv 2505.11081).
+
+    `temperature` divides the logits of policy and reference alike: the KL is between the two sampled at it. The batch
+    must be made at the same one.
     """
 
     def evaluate(params: dict, inputs: SoftInputs) -> soft_q.Evaluation:
-        logp, normaliser, final = _normalised(lm, params, inputs.text, states, chunk_size)
+        logp, normaliser, final = _normalised(lm, params, inputs.text, states, temperature, chunk_size)
         return soft_q.Evaluation(logp, normaliser - inputs.normaliser_ref, final - inputs.final_ref)
 
     return evaluate
@@ -222,36 +247,41 @@ def soft_batch(
     episodes: ilql.Episodes,
     *,
     states: FindStates = turn_states,
+    temperature: jax.Array | float = 1.0,
     chunk_size: int | None = None,
 ) -> soft_q.Batch:
     """The batch of `soft_q` from episodes of text: what the reference makes of them is computed here, once."""
-    logp_ref, normaliser, final = _normalised(lm, reference, episodes.inputs, states, chunk_size)
+    logp_ref, normaliser, final = _normalised(lm, reference, episodes.inputs, states, temperature, chunk_size)
     inputs = SoftInputs(episodes.inputs, normaliser, final)
     return soft_q.Batch(inputs, logp_ref, episodes.reward, episodes.mask, episodes.truncated)
 
 
-def _normalised(lm: LanguageModel, params: dict, text, states: FindStates, chunk_size: int | None):
-    """Log-probability of the tokens and logsumexp of the logits there, [...], and after the last token."""
+def _normalised(lm: LanguageModel, params: dict, text, states: FindStates, temperature, chunk_size):
+    """Log-probability of the tokens and logsumexp of logits / temperature, [...], and that after the last token."""
     found = states(lm, params, text)
     embedding = lm.embedding(params)
 
     def of(hidden: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logp = token_logprobs(hidden, embedding, token, chunk_size=chunk_size).logp
+        logp = token_logprobs(hidden, embedding, token, temperature=temperature, chunk_size=chunk_size).logp
         # logit - logp is the normaliser, and a single token's logit needs no array over the vocabulary.
         logit = jnp.sum(hidden.astype(jnp.float32) * embedding[token].astype(jnp.float32), axis=-1)
-        return logp, logit - logp
+        return logp, logit / temperature - logp
 
     logp, normaliser = of(found.before, found.token)
     _, final = of(found.final, jnp.zeros(found.final.shape[:-1], jnp.int32))
     return logp, normaliser, final
 
 
-def soft_q_batch(lm: LanguageModel) -> AsBatch:
-    """Rollouts for `soft_q`, on policy, with `text_soft_q(lm, states=branch_states)`: for `make_rlhf`."""
+def soft_q_batch(lm: LanguageModel, *, temperature: jax.Array | float = 1.0) -> AsBatch:
+    """Rollouts for `soft_q`, on policy, with `text_soft_q(lm, states=branch_states)`: for `make_rlhf`.
+
+    `temperature` is that of the rollout, to be given to `text_soft_q` too.
+    """
 
     def as_batch(state, frozen, branches: Branches, generation: Generation, score_BG: jax.Array):
         del state, generation
-        return soft_batch(lm, frozen.reference, rated_episodes(branches, score_BG), states=branch_states)
+        episodes = rated_episodes(branches, score_BG)
+        return soft_batch(lm, frozen.reference, episodes, states=branch_states, temperature=temperature)
 
     return as_batch
 

@@ -23,6 +23,7 @@ class Conversation(NamedTuple):
 
     token_BN: jax.Array  # int32 [B, T + 1], 0 where nothing was said
     mask_BN: jax.Array  # bool, True on tokens that were said, by whomever
+    turn_BN: jax.Array  # int32, the turn of each token: what the world says, then what the agent answers; from 0
     agent_BT: jax.Array  # bool [B, T], True on those that the agent said
     reward_BT: jax.Array  # float32, of a turn, at the last token that the agent said in it; elsewhere 0
     terminated_B: jax.Array  # bool, the game ended
@@ -87,7 +88,7 @@ def as_rows(opening: Utterance, exchanges: Exchanges) -> Conversation:
     opening: the first observations, token_L [B, L] and length [B]. An agent's turn of no tokens has no place for a
     reward, and its reward counts in the score only.
     """
-    chunk_BK, real_BK, agent_BK, reward_BK = _laid_out(opening, exchanges)
+    chunk_BK, real_BK, turn_BK, agent_BK, reward_BK = _laid_out(opening, exchanges)
     size = chunk_BK.shape
     row_BK = jnp.broadcast_to(jnp.arange(size[0])[:, None], size)
     # What was not said is written to a place past the end, where nothing is kept.
@@ -101,6 +102,7 @@ def as_rows(opening: Utterance, exchanges: Exchanges) -> Conversation:
     return Conversation(
         token_BN=packed(chunk_BK),
         mask_BN=packed(real_BK),
+        turn_BN=packed(turn_BK),
         agent_BT=packed(agent_BK)[:, 1:],
         reward_BT=packed(reward_BK)[:, 1:],
         terminated_B=jnp.any(exchanges.terminated_RB & running_RB, axis=0),
@@ -112,7 +114,8 @@ def as_rows(opening: Utterance, exchanges: Exchanges) -> Conversation:
 
 
 def _laid_out(opening: Utterance, exchanges: Exchanges) -> tuple[jax.Array, ...]:
-    """Every slot that a token may have been said in, in order, [B, K]: tokens, whether said, by the agent, rewards."""
+    """Every slot that a token may have been said in, in order, [B, K]: tokens, whether said, turns, by the agent,
+    rewards."""
     turns, games = exchanges.reward_RB.shape
     said, heard = exchanges.said, exchanges.heard
     spoken = said.token_L.shape[-1]
@@ -135,7 +138,13 @@ def _laid_out(opening: Utterance, exchanges: Exchanges) -> tuple[jax.Array, ...]
     nobody = jnp.zeros((turns, games, heard.token_L.shape[-1]), bool)
     agent_BK = all_slots(jnp.zeros_like(first_BL), jnp.ones(said.token_L.shape, bool), nobody) & real_BK
     reward_BK = all_slots(jnp.zeros(first_BL.shape), reward_RBL, nobody.astype(jnp.float32))
-    return token_BK, real_BK, agent_BK, reward_BK
+    turn_R11 = jnp.arange(turns)[:, None, None]
+    turn_BK = all_slots(
+        jnp.zeros(first_BL.shape, jnp.int32),
+        jnp.broadcast_to(turn_R11, said.token_L.shape),
+        jnp.broadcast_to(turn_R11 + 1, heard.token_L.shape),
+    )
+    return token_BK, real_BK, turn_BK, agent_BK, reward_BK
 
 
 def render(world: TextWorld, conversation: Conversation, game: int = 0) -> str:

@@ -1,0 +1,325 @@
+"""Learning to play a world in words from games that others played: cloning, and Q-learning over tokens.
+
+Shapes: B games of the data or rows of a batch, N tokens of a row, G games that are evaluated.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.loop import Show, run_once, run_stage
+from experiments.stages.game_configs import CloneStage, Network, Play, SoftStage, ValueStage
+from rlhfjax.algorithms import Algorithm, ilql, make_optimizer, sft, soft_q
+from rlhfjax.config import Decoder
+from rlhfjax.environments.text import Conversation, Player, TextWorld, converse, render, row_length
+from rlhfjax.generation import Sampling, guided
+from rlhfjax.networks import LanguageModel, decoder
+from rlhfjax.ops import discounted_returns
+from rlhfjax.recipes import (
+    best_games,
+    cut_games,
+    game_episodes,
+    guide_params,
+    init_text_values,
+    play_games,
+    soft_batch,
+    text_logp,
+    text_soft_q,
+    text_values,
+    turn_states,
+)
+from rlhfjax.run_folder import RunFolder
+
+VALUE_METHODS = ("ilql", "monte_carlo", "dqn")
+METHODS = ("clone", "best", *VALUE_METHODS, "soft_q")
+
+
+class Task(NamedTuple):
+    """A world, and who played the games in the data."""
+
+    world: TextWorld
+    demonstrator: Player
+    memory: int | None = None  # turns that the model's attention reaches back over
+    piece: int | None = None  # turns of a row that is trained on; None: whole games
+
+
+class Policy(NamedTuple):
+    """A way to play."""
+
+    name: str
+    lm: LanguageModel
+    params: Any
+
+
+class Method(NamedTuple):
+    """How a stage learns, and what plays by what it has learnt."""
+
+    algorithm: Algorithm
+    lm: LanguageModel  # of its policies
+    as_batch: Callable[[ilql.Episodes], Any]
+    params: Any
+    policies: Callable[[Any], list[Policy]]  # of the trained params; the last one is tried out on the way
+    column: str  # the loss that is shown
+
+
+class Outcome(NamedTuple):
+    """Games of one policy, [G] each."""
+
+    score: np.ndarray
+    success: np.ndarray
+    turns: np.ndarray
+    greedy_score: np.ndarray  # by the same policy at temperature 0; in the same worlds
+
+
+def language_model(task: Task, network: Network) -> LanguageModel:
+    """A decoder over the world's vocabulary that holds its longest game."""
+    return decoder(
+        Decoder(
+            vocab_size=len(task.world.vocabulary),
+            width=network.width,
+            layers=network.layers,
+            heads=network.heads,
+            kv_heads=network.heads,
+            head_size=network.width // network.heads,
+            mlp_width=network.mlp_width,
+            max_positions=row_length(task.world),
+        )
+    )
+
+
+def collect(task: Task, count: int, folder: RunFolder) -> Conversation:
+    """Games of the demonstrator: NumPy, no longer than the longest of them."""
+
+    def compute():
+        key = _key(folder, "data")
+        games = jax.device_get(jax.jit(lambda key: converse(task.world, task.demonstrator, key, count))(key))
+        longest = int(games.mask_BN.sum(axis=1).max())
+        games = games._replace(
+            **{name: getattr(games, name)[:, :longest] for name in ("token_BN", "mask_BN", "turn_BN")},
+            **{name: getattr(games, name)[:, : longest - 1] for name in ("agent_BT", "reward_BT")},
+        )
+        numbers = {"game/score": games.score_B.mean(), "game/won": games.success_B.mean()}
+        rows = [{"game": render(task.world, games, i)} for i in range(min(2, count))]
+        return games._asdict(), numbers | {"game/turns": games.turns_B.mean()}, rows
+
+    return Conversation(**run_once("data", folder=folder, compute=compute))
+
+
+def learn(
+    name: str, method: Method, games: Conversation, task: Task, stage: Any, play: Play, folder: RunFolder
+):
+    """Trains by `method` on `games` in the stage `name`; returns the params.
+
+    A step of the stage is as many updates as lie between two points of the curve, one compiled program, then games of
+    the last of the method's policies.
+    """
+    episodes = jax.tree.map(jnp.asarray, game_episodes(cut_games(games, task.piece) if task.piece else games))
+    rows, per_point = episodes.mask.shape[0], max(1, stage.steps // play.points)
+    key, key_play = _key(folder, name), _key(folder, "play")
+    try_out = player(method.lm, task, play.games)
+
+    def update(state, key):
+        key_batch, key_update = jax.random.split(key)
+        index_B = jax.random.randint(key_batch, (stage.batch,), 0, rows)
+        batch = method.as_batch(jax.tree.map(lambda x: x[index_B], episodes))
+        return method.algorithm.update(state, batch, key_update)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def advance(state, first):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(per_point))
+        state, metrics = jax.lax.scan(update, state, keys)
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    def step(state, i: int):
+        state, metrics = advance(state, jnp.int32(i * per_point))
+        played = try_out(method.policies(state.params)[-1].params, jnp.float32(1.0), key_play)
+        return state, metrics | {
+            "game/score": jnp.mean(played.score_B),
+            "game/won": jnp.mean(played.success_B, dtype=jnp.float32),
+            "updates": jnp.int32((i + 1) * per_point),
+        }
+
+    columns = {"updates": "updates", method.column: "loss", "game/score": "score", "game/won": "won"}
+    state = run_stage(
+        name,
+        folder=folder,
+        init=lambda: method.algorithm.init(jax.tree.map(jnp.array, method.params)),
+        step=step,
+        steps=max(1, stage.steps // per_point),
+        checkpoint_every=1,
+        show=Show(columns=columns, every=1),
+    )
+    return state.params
+
+
+def player(lm: LanguageModel, task: Task, count: int):
+    """Compiled games of a language model: `(params, temperature, key) -> Conversation`."""
+
+    @jax.jit
+    def play(params, temperature, key):
+        sampling = Sampling(temperature=temperature)
+        played = play_games(lm, params, task.world, key, count, memory=task.memory, sampling=sampling)
+        return played.games
+
+    return play
+
+
+def evaluate(policies: Sequence[Policy], task: Task, play: Play, folder: RunFolder) -> dict[str, Outcome]:
+    """Games of every policy, sampled and greedy, in the same worlds; in the stage `evaluation`."""
+
+    def compute():
+        key, arrays, numbers, rows = _key(folder, "evaluation"), {}, {}, []
+        compiled = {id(policy.lm): player(policy.lm, task, play.final_games) for policy in policies}
+        for name, lm, params in policies:
+            run = compiled[id(lm)]
+            sampled, greedy = (jax.device_get(run(params, jnp.float32(t), key)) for t in (1.0, 0.0))
+            parts = (sampled.score_B, sampled.success_B, sampled.turns_B, greedy.score_B)
+            arrays |= {f"{name}/{field}": x for field, x in zip(Outcome._fields, parts, strict=True)}
+            numbers |= {f"{name}/score": sampled.score_B.mean(), f"{name}/greedy": greedy.score_B.mean()}
+            rows.append({"player": name, "game": render(task.world, sampled)})
+        return arrays, numbers, rows
+
+    found = run_once("evaluation", folder=folder, compute=compute)
+    return {
+        name: Outcome(*(found[f"{name}/{field}"] for field in Outcome._fields)) for name, _, _ in policies
+    }
+
+
+def scripted(
+    players: Mapping[str, Player], task: Task, play: Play, folder: RunFolder
+) -> dict[str, np.ndarray]:
+    """Scores of scripted players in the worlds that policies are evaluated in, [G] each."""
+    key = _key(folder, "evaluation")
+    return {
+        name: np.asarray(
+            jax.jit(lambda key, one=one: converse(task.world, one, key, play.final_games).score_B)(key)
+        )
+        for name, one in players.items()
+    }
+
+
+# ---- methods
+
+
+def clone(name: str, lm: LanguageModel, params: dict, stage: CloneStage, task: Task) -> Method:
+    """Behaviour cloning of all that the agent says in the games."""
+    states = functools.partial(turn_states, memory=task.memory)
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    algorithm = sft.make(text_logp(lm, states=states), optimizer, stage.algorithm)
+
+    def as_batch(episodes: ilql.Episodes) -> sft.Batch:
+        return sft.Batch(episodes.inputs, episodes.mask.astype(jnp.float32))
+
+    return Method(algorithm, lm, as_batch, params, lambda params: [Policy(name, lm, params)], "loss/nll")
+
+
+def values(
+    name: str, lm: LanguageModel, cloned: dict, stage: ValueStage, task: Task, key: jax.Array
+) -> Method:
+    """Values of the agent's tokens on a trunk that starts as the clone's; the clone is guided by them."""
+    config = stage.algorithm
+    of_returns = config.bootstrap == "returns"
+    params = init_text_values(
+        key,
+        lm,
+        cloned,
+        heads=1 if of_returns else 2,
+        state_value=config.expectile is not None,
+        scale=stage.scale,
+        bias=stage.bias,
+    )
+    if of_returns:
+        config = replace(config, discount=0.0)  # `returned` has put the returns in the rewards' place
+    found = text_values(lm, states=functools.partial(turn_states, memory=task.memory))
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    algorithm = ilql.make(found.evaluate, optimizer, config, **found.target())
+    model = guided(lm, trunk=lm, min_p=stage.min_p)
+
+    def as_batch(episodes: ilql.Episodes) -> ilql.Episodes:
+        return episodes._replace(truncated=None) if of_returns else episodes
+
+    def policies(params: dict) -> list[Policy]:
+        return [Policy(f"{name}, beta {b:g}", model, guide_params(params, b)) for b in stage.betas]
+
+    return Method(algorithm, model, as_batch, params, policies, "loss/q")
+
+
+def soft(name: str, lm: LanguageModel, cloned: dict, stage: SoftStage, task: Task) -> Method:
+    """Soft Q-learning from the clone, which is its reference."""
+    states = functools.partial(turn_states, memory=task.memory)
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+    algorithm = soft_q.make(text_soft_q(lm, states=states), optimizer, stage.algorithm)
+    as_batch = functools.partial(soft_batch, lm, cloned, states=states)
+    label = f"{name}, beta {stage.algorithm.beta:g}"
+    return Method(algorithm, lm, as_batch, cloned, lambda params: [Policy(label, lm, params)], "loss/total")
+
+
+def returned(games: Conversation, discount: float) -> Conversation:
+    """The games with the discounted return from each of the agent's tokens on in the place of its reward.
+
+    Made of whole games, it stays true when they are cut into pieces.
+    """
+    reward_BT = discounted_returns(
+        jnp.asarray(games.reward_BT), discount=discount, mask=jnp.asarray(games.agent_BT)
+    )
+    return games._replace(reward_BT=np.asarray(reward_BT))  # pyright: ignore[reportArgumentType]
+
+
+def learn_all(names: Sequence[str], config: Any, task: Task, games: Conversation, folder: RunFolder):
+    """Runs the methods in order and returns their policies: those of `config`'s sections of the same names.
+
+    The clone is always trained, since the others start from it.
+    """
+    lm = language_model(task, config.network)
+    key_clone, key_values = jax.random.split(_key(folder, "networks"))
+    policies: list[Policy] = []
+
+    def run(name: str, method: Method, data: Conversation, stage: Any) -> Any:
+        params = learn(name, method, data, task, stage, config.play, folder)
+        policies.extend(method.policies(params) if name in names else [])
+        return params
+
+    cloned = run("clone", clone("clone", lm, lm.init(key_clone), config.clone, task), games, config.clone)
+    for name in names:
+        if name == "best":
+            kept = best_games(games, config.best_fraction)
+            label = f"best {config.best_fraction:.0%} cloned"
+            run(name, clone(label, lm, cloned, config.best, task), kept, config.best)
+        elif name in VALUE_METHODS:
+            stage = getattr(config, name)
+            returns = stage.algorithm.bootstrap == "returns"
+            data = returned(games, stage.algorithm.discount) if returns else games
+            run(name, values(name, lm, cloned, stage, task, key_values), data, stage)
+        elif name == "soft_q":
+            run(name, soft(name, lm, cloned, config.soft_q, task), games, config.soft_q)
+    return policies
+
+
+def check(config: Any, names: Sequence[str]) -> None:
+    """Raises ValueError for numbers that cannot be, before anything is run."""
+    for owner, field in ((config, "games"), *((config.play, x) for x in ("points", "games", "final_games"))):
+        if getattr(owner, field) < 1:
+            raise ValueError(f"{field} must be at least 1, got {getattr(owner, field)}")
+    if not 0 < config.best_fraction <= 1:
+        raise ValueError(f"best_fraction={config.best_fraction} must lie in (0, 1]; 1 clones all games")
+    if config.network.width % (2 * config.network.heads):
+        raise ValueError(
+            f"network.width={config.network.width} must be a multiple of twice heads={config.network.heads}"
+        )
+    for name in names:
+        stage = getattr(config, name)
+        if stage.steps < 1 or stage.batch < 1:
+            raise ValueError(f"{name}: steps={stage.steps} and batch={stage.batch} must be at least 1")
+        if name in VALUE_METHODS and not stage.betas:
+            raise ValueError(f"{name}.betas names none: no policy would be made of the values")
+
+
+def _key(folder: RunFolder, name: str) -> jax.Array:
+    """A key of the run for each use, whatever other stages there are."""
+    return jax.random.fold_in(jax.random.key(folder.seed), zlib.crc32(name.encode()) & 0x7FFFFFFF)

@@ -1,0 +1,78 @@
+"""The star graph: a clone takes the shortcut, any path; values find the one that leads to the goal."""
+
+from dataclasses import dataclass, field
+
+from experiments.stages.game_configs import CloneStage, Network, Play, SoftStage, ValueStage
+from rlhfjax.config import ILQL, Optimizer
+
+DESCRIPTION = (
+    "the star graph, where a clone takes any path: soft Q, Monte-Carlo values and ILQL find the right one"
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    algorithms: str = "clone,best,monte_carlo,ilql,soft_q"
+    """Which to run, comma-separated: clone, best, ilql, monte_carlo, dqn, soft_q."""
+    games: int = 20_000
+    """Games to learn from."""
+    smart: float = 0.0
+    """Share of games in them in which the right path is named; in the others any path is."""
+    paths: int = 2
+    """Paths from the start."""
+    length: int = 2
+    """Nodes of a path after the start."""
+    nodes: int = 8
+    """Numbers that nodes may have."""
+    best_fraction: float = 0.4
+    """Share of the games that are cloned by `best`; about 1 / paths of them are right."""
+    network: Network = field(default_factory=Network)
+    play: Play = field(default_factory=Play)
+    clone: CloneStage = field(
+        default_factory=lambda: CloneStage(
+            steps=1500, optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50)
+        )
+    )
+    best: CloneStage = field(default_factory=lambda: CloneStage(steps=1500))
+    """From the clone."""
+    ilql: ValueStage = field(
+        default_factory=lambda: ValueStage(
+            betas=(8.0, 32.0),
+            algorithm=ILQL(discount=1.0, expectile=0.8, polyak=0.1, policy_coefficient=None),
+        )
+    )
+    monte_carlo: ValueStage = field(
+        default_factory=lambda: ValueStage(
+            betas=(8.0, 32.0),
+            algorithm=ILQL(
+                bootstrap="returns", discount=1.0, expectile=None, policy_coefficient=None, polyak=1.0
+            ),
+        )
+    )
+    dqn: ValueStage = field(
+        default_factory=lambda: ValueStage(
+            betas=(8.0, 32.0),
+            algorithm=ILQL(
+                bootstrap="max", discount=1.0, expectile=None, polyak=0.1, policy_coefficient=None
+            ),
+        )
+    )
+    soft_q: SoftStage = field(default_factory=SoftStage)
+
+
+def run(config: Config, folder) -> dict[str, float]:
+    """Runs everything; returns the numbers of summary.json."""
+    from experiments.stages.game_report import solve
+    from experiments.stages.games import Task
+    from rlhfjax.environments.text import star_graph_player, star_graph_world
+
+    world = star_graph_world(paths=config.paths, length=config.length, nodes=config.nodes)
+    return solve(
+        f"Star graphs of {config.paths} paths of {config.length}",
+        config,
+        Task(world, star_graph_player(world, smart=config.smart)),
+        folder,
+        optimum=1.0,
+        players={"any path": star_graph_player(world, smart=0.0)},
+        text="A game scores 1 if the path that is named leads to the goal.",
+    )
