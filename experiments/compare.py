@@ -11,12 +11,15 @@ from experiments.stages.configs import (
     DPOStage,
     EvaluationStage,
     GRPOStage,
+    ILQLStage,
     OnlineDPOStage,
     PPOStage,
     PreferenceStage,
     RAFTStage,
+    RatingStage,
     RewardStage,
     SFTStage,
+    SoftQStage,
     Text,
     rloo_stage,
 )
@@ -26,7 +29,7 @@ DESCRIPTION = "several methods on the same data and seeds: gold score against KL
 
 @dataclass(frozen=True)
 class Config:
-    methods: tuple[Literal["ppo", "grpo", "rloo", "dpo", "online_dpo", "raft"], ...] = (
+    methods: tuple[Literal["ppo", "grpo", "rloo", "dpo", "online_dpo", "raft", "soft_q", "ilql"], ...] = (
         "ppo",
         "grpo",
         "rloo",
@@ -49,6 +52,9 @@ class Config:
     dpo: DPOStage = field(default_factory=DPOStage)
     online_dpo: OnlineDPOStage = field(default_factory=OnlineDPOStage)
     raft: RAFTStage = field(default_factory=RAFTStage)
+    ratings: RatingStage = field(default_factory=RatingStage)
+    soft_q: SoftQStage = field(default_factory=SoftQStage)
+    ilql: ILQLStage = field(default_factory=ILQLStage)
     evaluation: EvaluationStage = field(default_factory=lambda: EvaluationStage(temperatures=()))
 
 

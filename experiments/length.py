@@ -64,7 +64,7 @@ def run(config: Config, folder) -> dict[str, float]:
         config.evaluation,
         loaded,
         reference,
-        {"ppo": tuned},
+        {"ppo": text.Writer(loaded.lm, tuned)},
         reward,
         None,
         lambda examples: gold,

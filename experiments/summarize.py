@@ -13,12 +13,15 @@ from experiments.stages.configs import (
     DPOStage,
     EvaluationStage,
     GRPOStage,
+    ILQLStage,
     OnlineDPOStage,
     PPOStage,
     PreferenceStage,
     RAFTStage,
+    RatingStage,
     RewardStage,
     SFTStage,
+    SoftQStage,
     Text,
     rloo_stage,
 )
@@ -28,7 +31,7 @@ DESCRIPTION = "RLHF on real text: SFT, preferences, reward model, PPO, evaluatio
 
 @dataclass(frozen=True)
 class Config:
-    algorithm: Literal["ppo", "grpo", "rloo", "dpo", "online_dpo", "raft"] = "ppo"
+    algorithm: Literal["ppo", "grpo", "rloo", "dpo", "online_dpo", "raft", "soft_q", "ilql"] = "ppo"
     """Method of policy optimisation; the section of the same name holds its settings."""
     text: Text = field(default_factory=Text)
     sft: SFTStage = field(default_factory=SFTStage)
@@ -40,20 +43,30 @@ class Config:
     dpo: DPOStage = field(default_factory=DPOStage)
     online_dpo: OnlineDPOStage = field(default_factory=OnlineDPOStage)
     raft: RAFTStage = field(default_factory=RAFTStage)
+    ratings: RatingStage = field(default_factory=RatingStage)
+    soft_q: SoftQStage = field(default_factory=SoftQStage)
+    ilql: ILQLStage = field(default_factory=ILQLStage)
     evaluation: EvaluationStage = field(default_factory=EvaluationStage)
 
 
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages; returns the numbers of summary.json."""
-    from experiments.stages import evaluation, report
+    from experiments.stages import evaluation, offline, report
     from experiments.stages.prepare import prepare
     from rlhfjax.report import write_report
 
     name, stage = config.algorithm, getattr(config, config.algorithm)
     prepared = prepare(
-        config.text, config.sft, config.preferences, config.reward, config.evaluation, {name: stage}, folder
+        config.text,
+        config.sft,
+        config.preferences,
+        config.reward,
+        config.ratings,
+        config.evaluation,
+        {name: stage},
+        folder,
     )
-    tuned = prepared.optimise(name, stage, folder)
+    tuned = prepared.optimise(name, stage)
     problem = prepared.problem
     found, comparisons, summary = {}, {}, {}
     for split in prepared.heldout:
@@ -68,6 +81,7 @@ def run(config: Config, folder) -> dict[str, float]:
             folder,
             temperature=stage.temperature,
             split=split,
+            points=offline.curve(name, stage, tuned),
         )
         comparisons[split] = evaluation.compare(found[split], stage.temperature, name)
         summary |= report.summarise(found[split], comparisons[split], split)

@@ -23,21 +23,21 @@ from rlhfjax.environments.text import converse, maze_player, maze_score, maze_ta
 from rlhfjax.run_folder import RunFolder, read_lines
 
 BITWISE = ("metrics.jsonl", "samples.jsonl", "summary.json")
-STAGE = {"steps": 2, "batch": 4}
+STAGE = {"steps": 2, "batch": 4, "optimizer": {"warmup_steps": 0}}
 TINY: dict[str, Any] = {
     "games": 12,
     "network": {"layers": 1, "width": 16, "heads": 2, "mlp_width": 16},
-    "play": {"points": 2, "games": 3, "final_games": 5},
+    "play": {"points": 2, "games": 5, "final_games": 5},
     "clone": STAGE,
     "best": STAGE,
     "soft_q": STAGE,
     **{name: STAGE | {"betas": [1.0, 4.0]} for name in games.VALUE_METHODS},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "maze": TINY | {"turns": 6, "piece": 3, "algorithms": "clone,best,monte_carlo,ilql"},
-    "wordle": TINY | {"words": 6, "tries": 3, "algorithms": "ilql,dqn"},
-    "twenty_questions": TINY | {"things": 4, "turns": 4, "algorithms": "clone,soft_q"},
-    "star_graph": TINY | {"algorithms": "clone,monte_carlo,soft_q"},
+    "maze": TINY | {"turns": 6, "piece": 3, "algorithms": "best,ilql"},
+    "wordle": TINY | {"words": 6, "tries": 3, "algorithms": "monte_carlo"},
+    "twenty_questions": TINY | {"things": 4, "turns": 4, "algorithms": "soft_q"},
+    "star_graph": TINY | {"algorithms": "clone,dqn"},
 }
 
 
@@ -76,7 +76,7 @@ def test_a_run_leaves_everything_behind(name, tmp_path, capsys):
     for policy in names:
         assert found[f"{policy}/score"].shape == (5,)
         assert evaluation[f"{policy}/score"] == pytest.approx(found[f"{policy}/score"].mean(), rel=1e-6)
-        assert f"A game of {policy}" in report
+        assert "A game of " + policy.replace("_", "\\_") in report
     assert any(x == pytest.approx(evaluation[f"{p}/score"]) for p in names for x in summary.values())
     assert (folder / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "| player |" in capsys.readouterr().out
@@ -120,6 +120,8 @@ def test_a_method_does_not_depend_on_which_others_run(tmp_path):
         ({"network": {"width": 18, "heads": 2}}, "multiple of twice heads=2"),
         ({"ilql": STAGE | {"betas": []}}, "betas names none"),
         ({"ilql": STAGE | {"steps": 0}}, "ilql: steps=0"),
+        ({"ilql": STAGE | {"optimizer": {"warmup_steps": 9}}}, "warmup_steps=9"),
+        ({"ilql": STAGE | {"algorithm": {"discount": 1.5}}}, "discount=1.5"),
         ({"random": 1.5}, r"random=1.5 must lie in \[0, 1\]"),
     ],
 )

@@ -1,6 +1,7 @@
 """`summarize --algorithm` and `compare` on a tiny world: every method runs and resumes; bad settings are told."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from experiments import run
 from rlhfjax.run_folder import read_lines
 
 BEFORE = ["sft", "preferences", "reward_model", "reward_model_heldout"]
+OFFLINE = ("soft_q", "ilql")  # learn from rated samples
 BITWISE = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -22,7 +24,8 @@ def settings(tmp_path_factory) -> dict[str, Any]:
     offline = {"steps": 2, "prompts": 4, "optimizer": {"warmup_steps": 1}}
     world["ppo"] |= {"steps": 2}
     world["evaluation"] |= {"temperatures": [], "prompts": 4}
-    return world | {"grpo": online, "rloo": online, "online_dpo": online, "raft": online, "dpo": offline}
+    world |= {"grpo": online, "rloo": online, "online_dpo": online, "raft": online, "dpo": offline}
+    return world | {"ratings": {"prompts": 10}, "soft_q": offline, "ilql": offline | {"curve": [0.5]}}
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +62,14 @@ def stages(folder: Path) -> list[str]:
         ("dpo", ("--dpo.algorithm.weighting", "aligned"), "pair/weight"),
         ("online_dpo", (), "pair/accuracy"),
         ("raft", (), "loss/nll"),
+        ("soft_q", ("--soft-q.algorithm.beta", "0.1"), "path/error"),
+        ("ilql", ("--ilql.algorithm.expectile", "0.8"), "value/advantage"),
     ],
 )
 def test_every_method_runs_and_is_evaluated(settings, tmp_path, method, flags, logged):
     assert start("summarize", settings, tmp_path / "run", "--algorithm", method, *flags) == 0
-    assert stages(tmp_path / "run") == [*BEFORE, method, "validation"]
+    rated = ["rated_samples"] if method in OFFLINE else []
+    assert stages(tmp_path / "run") == [*BEFORE, *rated, method, "validation"]
     lines = [x for x in read_lines(tmp_path / "run" / "metrics.jsonl") if x["stage"] == method]
     assert len(lines) == 2 and logged in lines[0]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -96,6 +102,26 @@ def test_compare_runs_methods_and_seeds_from_one_start(settings, tmp_path, capsy
     assert "checkpoint of step 2 of 2" in capsys.readouterr().out
 
 
+def test_offline_methods_share_their_data_and_values_and_resume_to_the_same_bits(settings, tmp_path):
+    folder = tmp_path / "run"
+    chosen = {"methods": ["soft_q", "ilql"], "kl_weights": [0.1, 0.5]}
+    assert start("compare", settings | chosen, folder) == 0
+    part = folder / "seed-0"
+    # One set of ratings for both, and values that are learnt once for all weights.
+    assert stages(part) == [*BEFORE, "rated_samples", "soft_q-0.1", "soft_q-0.5", "ilql", "validation"]
+    summary = json.loads((folder / "summary.json").read_text())
+    for method in OFFLINE:
+        kl = [summary[f"{method}-{weight}, temperature 0.7/kl"] for weight in (0.1, 0.5)]
+        assert abs(kl[0] - kl[1]) > 1e-4
+    kept = {name: sorted((part / name).read_text().splitlines()) for name in BITWISE}
+    for name in ("rated_samples", "validation"):
+        (part / "arrays" / f"{name}.npz").unlink()
+    for name in ("soft_q-0.5", "ilql"):
+        shutil.rmtree(part / "checkpoints" / name)
+    assert run.main(["--resume", str(folder)]) == 0
+    assert kept == {name: sorted((part / name).read_text().splitlines()) for name in BITWISE}
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "told"),
     [
@@ -113,6 +139,20 @@ def test_compare_runs_methods_and_seeds_from_one_start(settings, tmp_path, capsy
         ),
         ("summarize", ("--algorithm", "grpo", "--grpo.algorithm.aggregation", "constant"), "length_constant"),
         ("summarize", ("--algorithm", "dpo", "--dpo.algorithm.loss", "sigmoidd"), "loss='sigmoidd'"),
+        ("summarize", ("--algorithm", "soft_q", "--ratings.prompts", "99"), "ratings ask for 99 prompts"),
+        ("summarize", ("--algorithm", "ilql", "--ilql.prompts", "11"), "asks for 11 prompts; ratings has"),
+        ("summarize", ("--algorithm", "soft_q", "--soft-q.algorithm.beta", "0"), "beta=0.0 must be above 0"),
+        (
+            "summarize",
+            ("--algorithm", "ilql", "--ilql.algorithm.bootstrap", "q"),
+            "bootstrap='q' is unknown",
+        ),
+        (
+            "summarize",
+            ("--algorithm", "ilql", "--ilql.kl-weight", "0"),
+            "kl_weight and curve must be above 0",
+        ),
+        ("summarize", ("--algorithm", "ilql", "--ilql.curve", "0.2"), "name a weight twice"),
         ("compare", ("--methods", "dpo", "dpo"), "--methods names one twice"),
         ("compare", ("--methods", "dpo", "raft", "--raft.temperature", "1.0"), "must share one temperature"),
         ("compare", ("--seeds", "0"), "seeds must be at least 1"),

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from tiny_text import WORDS, write_base, write_pairs
 
-from experiments.stages import configs, evaluation, policy, preferences, text
+from experiments.stages import configs, evaluation, methods, offline, policy, preferences, ratings, text
 from rlhfjax import run_folder
+from rlhfjax.config import ILQL, Optimizer, SoftQ
 from rlhfjax.generation import Sampling, generate, sample_keys
-from rlhfjax.networks import causal_mask, scalar_head
+from rlhfjax.networks import Branches, causal_mask, q_advantage, scalar_head
+from rlhfjax.recipes import completion_logp, init_text_values
 
 CONFIG = configs.Text(prompt_length=10, completion_length=6)
 TEMPERATURE = 0.8  # of the rollouts, at which KL is measured
@@ -179,10 +181,14 @@ def gold_of(examples):
 
 
 @partial(jax.jit, static_argnums=0)
-def plain_logits(lm, params, token_BT):
+def plain_hidden(lm, params, token_BT):
     position_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1]), token_BT.shape)
     mask = causal_mask(jnp.ones_like(token_BT))
-    return lm.logits(params, lm.apply(params, token_BT, position_BT=position_BT, mask_BTS=mask)[0])
+    return lm.apply(params, token_BT, position_BT=position_BT, mask_BTS=mask)[0]
+
+
+def plain_logits(lm, params, token_BT):
+    return lm.logits(params, plain_hidden(lm, params, token_BT))
 
 
 def sequence_logp(loaded, params, prompt, completion, temperature) -> float:
@@ -224,7 +230,7 @@ def measured(loaded, tmp_path_factory) -> Measured:
         config,
         loaded,
         loaded.base,
-        {"ppo": tuned},
+        {"ppo": text.Writer(loaded.lm, tuned)},
         reward,
         jnp.float32(0.25),
         folder=folder,
@@ -354,3 +360,203 @@ def test_a_claim_made_twice_is_listed_once():
         "ppo, temperature 1 against sft, greedy",
         "ppo, greedy against sft, greedy",
     ]
+
+
+# ---------------------------------------------------------------------------------------- Q-learning on rated samples
+
+
+def mean_over_tokens(x_BG, mask_BGC) -> float:
+    return float(np.sum(x_BG[..., None] * mask_BGC) / mask_BGC.sum())
+
+
+@pytest.fixture(scope="module")
+def judged(loaded, train, tmp_path_factory) -> preferences.Judged:
+    config = configs.PreferenceStage(prompts=6, heldout=2, samples=3)
+    folder = folder_at(tmp_path_factory.mktemp("judged") / "run")
+    return preferences.collect_preferences(config, loaded, loaded.base, train, np.arange(9), folder)
+
+
+def never(*_):
+    pytest.fail("the gold scorer was asked, or something computed again")
+
+
+def problem_of(loaded, train, reward=never) -> policy.Problem:
+    return policy.Problem(loaded, loaded.base, reward, jnp.float32(0.25), train, np.arange(9), never)
+
+
+def even_tokens(params, branches):
+    """A reward on the device: the share of tokens with an even id, plus its parameter."""
+    even = (branches.completion_BGC % 2 == 0) & branches.completion_mask_BGC
+    return params + jnp.sum(even, axis=2) / jnp.sum(branches.completion_mask_BGC, axis=2)
+
+
+def test_ratings_are_the_reward_of_samples_and_never_the_gold_score(loaded, train, judged, tmp_path):
+    """Four prompts that the reward model learnt from, then three more; those held out from it are passed over."""
+    problem, sampled = problem_of(loaded, train, even_tokens), configs.PreferenceStage(samples=3)
+    config = configs.RatingStage(prompts=7, missing_eos_penalty=-2.0, centred=False)
+    folder = folder_at(tmp_path / "run")
+    rated = ratings.rate(config, sampled, problem, judged, folder)
+    assert rated.row_B.tolist() == [0, 1, 2, 3, 6, 7, 8]
+    np.testing.assert_array_equal(rated.token_BGC[:4], judged.token_BGC[:4])
+    assert rated.token_BGC.shape == (7, 3, 6)
+    ended = np.zeros((7, 3), bool)
+    for b, g in np.ndindex(7, 3):
+        completion = rated.token_BGC[b, g][rated.mask_BGC[b, g]]
+        ended[b, g] = completion[-1] == loaded.tokenizer.eos_id
+        expected = 0.25 + np.mean(completion % 2 == 0) if ended[b, g] else -2.0
+        assert rated.score_BG[b, g] == pytest.approx(expected, abs=1e-6)
+    assert 0 < ended.mean() < 1  # or the test would be weak
+    again = ratings.rate(config, sampled, problem_of(loaded, train), judged, folder)
+    for one, other in zip(vars(rated).values(), vars(again).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    centred = dataclasses.replace(config, centred=True)
+    less = ratings.rate(centred, sampled, problem, judged, folder_at(tmp_path / "centred")).score_BG
+    np.testing.assert_allclose(less, rated.score_BG - rated.score_BG.mean(axis=1, keepdims=True), atol=1e-6)
+
+
+def rated_at(loaded, train, judged, folder) -> ratings.Rated:
+    config = configs.RatingStage(prompts=4, missing_eos_penalty=None, centred=False)
+    problem = problem_of(loaded, train, even_tokens)
+    return ratings.rate(config, configs.PreferenceStage(samples=3), problem, judged, folder)
+
+
+def branches_of(loaded, train, rated) -> Branches:
+    return ratings.branches_at(loaded, train, rated.row_B, rated.token_BGC, rated.mask_BGC)
+
+
+def test_soft_q_tilts_the_policy_towards_what_was_rated_high(loaded, train, judged, tmp_path):
+    folder = folder_at(tmp_path / "run")
+    rated = rated_at(loaded, train, judged, folder)
+    stage = configs.SoftQStage(
+        steps=40,
+        prompts=4,
+        temperature=TEMPERATURE,
+        algorithm=SoftQ(beta=0.5, steps=(0,)),
+        optimizer=Optimizer(learning_rate=5e-3, warmup_steps=0),
+    )
+    lm, tuned = offline.train_soft_q("soft_q", stage, problem_of(loaded, train), rated, folder)
+    branches = branches_of(loaded, train, rated)
+    logp, logp_ref = (
+        np.sum(completion_logp(lm, params, branches, TEMPERATURE), axis=2, where=rated.mask_BGC)
+        for params in (tuned, loaded.base)
+    )
+    log_ratio, score = logp - logp_ref, rated.score_BG
+    centred = [x - x.mean(axis=1, keepdims=True) for x in (log_ratio, score)]
+    assert np.corrcoef(*(x.reshape(-1) for x in centred))[0, 1] > 0.8
+    first, last = (folder.metrics("soft_q")[i] for i in (0, -1))
+    assert (
+        abs(first["policy/log_ratio"]) < 1e-4 and abs(first["value/mean"]) < 1e-4
+    )  # it begins as the reference
+    np.testing.assert_allclose(first["loss/total"], mean_over_tokens(score**2, rated.mask_BGC), rtol=1e-4)
+    assert last["loss/total"] < 0.2 * first["loss/total"]
+
+
+class Guided(NamedTuple):
+    """Values of random heads, and the same policy evaluated plain, guided at beta 0, and guided."""
+
+    writer: text.Writer
+    found: dict[str, evaluation.Policy]
+    generations: list[dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def guided_policies(loaded, tmp_path_factory) -> Guided:
+    stage = configs.ILQLStage(temperature=TEMPERATURE, kl_weight=0.4, curve=(0.1,))
+    params = init_text_values(jax.random.key(3), loaded.lm, loaded.base)
+    writer = offline.guided_writer(stage, problem_of(loaded, loaded.load("train")), params)
+    generations = []
+
+    def recorded(text, params, examples, rows, key, **named):
+        del key  # one for all: what differs is the policy
+        out = preferences.sample_policy(text, params, examples, rows, jax.random.key(8), **named)
+        generations.append(out)
+        return out
+
+    beta_0 = writer._replace(params=writer.params | {"beta": jnp.float32(0.0)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "sample_policy", recorded)
+        found = evaluation.evaluate_policies(
+            configs.EvaluationStage(prompts=5, batch=4, temperatures=(0.5,), best_of=()),
+            loaded,
+            loaded.base,
+            {"zero": beta_0, "ilql": writer},
+            even_tokens,
+            jnp.float32(0.25),
+            gold_of,
+            folder_at(tmp_path_factory.mktemp("guided") / "run"),
+            temperature=TEMPERATURE,
+            points=offline.curve("ilql", stage, writer),
+        )
+    return Guided(writer, {policy.name: policy for policy in found}, generations)
+
+
+def test_guided_at_beta_0_is_the_reference(guided_policies):
+    reference, zero, tilted, _ = guided_policies.generations
+    for name in ("token_BGC", "mask_BGC", "finished_BG"):
+        np.testing.assert_array_equal(zero[name], reference[name])
+    assert not np.array_equal(tilted["token_BGC"], reference["token_BGC"])
+    for how in (f"temperature {TEMPERATURE}", "temperature 0.5", "greedy"):
+        one, other = (guided_policies.found[f"{label}, {how}"] for label in ("sft", "zero"))
+        for field in ("gold", "reward", "length", "finished"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+        assert one.texts == other.texts
+        np.testing.assert_allclose(one.kl, other.kl, atol=1e-4)
+
+
+def test_the_kl_of_a_guided_policy_is_that_of_its_distribution(guided_policies, loaded):
+    """The weight is reward per nat at the temperature: logits / T + advantage / weight, from plain forwards."""
+    prompts = loaded.load("validation").encoded.prompts
+    values = guided_policies.writer.params["guide"]
+    for label, out, weight in (
+        ("ilql", guided_policies.generations[2], 0.4),
+        ("ilql-0.1", guided_policies.generations[3], 0.1),
+    ):
+        found = guided_policies.found[f"{label}, temperature {TEMPERATURE}"]
+        for b in range(5):
+            completion = out["token_BGC"][b, 0][out["mask_BGC"][b, 0]].tolist()
+            row = np.zeros((1, 16), np.int32)
+            row[0, : len(prompts[b]) + len(completion)] = [*prompts[b], *completion]
+            at = slice(len(prompts[b]) - 1, len(prompts[b]) - 1 + len(completion))
+            logits = plain_logits(loaded.lm, loaded.base, jnp.asarray(row))[0, at] / TEMPERATURE
+            tilt = q_advantage(values, plain_hidden(loaded.lm, values["trunk"], jnp.asarray(row)))[0, at]
+            taken = np.arange(len(completion)), np.asarray(completion)
+            kl = (jax.nn.log_softmax(logits + tilt / weight) - jax.nn.log_softmax(logits))[taken].sum()
+            assert found.kl[b] == pytest.approx(float(kl), abs=1e-3), (label, b)
+        assert np.abs(found.kl).max() > 0.05
+    # A point of the curve is decoded at the rollouts' temperature only.
+    assert [name for name in guided_policies.found if name.startswith("ilql-")] == [
+        f"ilql-0.1, temperature {TEMPERATURE}"
+    ]
+
+
+def test_values_are_learnt_once_and_leave_the_policy_alone(loaded, train, judged, tmp_path):
+    folder = folder_at(tmp_path / "run")
+    rated = rated_at(loaded, train, judged, folder)
+    stage = configs.ILQLStage(
+        steps=30,
+        prompts=4,
+        algorithm=ILQL("returns", 1.0, policy_coefficient=None, cql_coefficient=None),
+        optimizer=Optimizer(learning_rate=1e-2, warmup_steps=0),
+    )
+    problem = problem_of(loaded, train)
+    writer = offline.train_values(stage, problem, rated, loaded.base, folder)
+    jax.tree.map(np.testing.assert_array_equal, writer.params["base"], loaded.base)
+    lines = folder.metrics("ilql")
+    expected = mean_over_tokens(rated.score_BG, rated.mask_BGC)
+    assert lines[0]["q/target"] == pytest.approx(expected, rel=1e-5) and abs(lines[0]["q/taken"]) < 1e-6
+    assert lines[-1]["loss/q"] < 0.3 * lines[0]["loss/q"]
+    cheaper = methods.with_kl_weight(stage, 0.05)
+    assert isinstance(cheaper, configs.ILQLStage)
+    other = offline.train_values(cheaper, problem, rated, loaded.base, folder)
+    jax.tree.map(np.testing.assert_array_equal, writer.params["guide"], other.params["guide"])
+    assert len(folder.metrics("ilql")) == stage.steps  # not trained again
+    assert float(other.params["beta"]) == pytest.approx(0.7 / 0.05)
+    assert offline.curve("ilql", cheaper, other) == {}
+
+
+def test_weights_of_the_kl_are_read_and_written():
+    for stage in (configs.SoftQStage(), configs.ILQLStage()):
+        assert methods.kl_weight(methods.with_kl_weight(stage, 0.37)) == 0.37
+    assert methods.with_kl_weight(configs.SoftQStage(), 0.37) == configs.SoftQStage(
+        algorithm=dataclasses.replace(configs.SoftQStage().algorithm, beta=0.37)
+    )

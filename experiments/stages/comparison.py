@@ -8,6 +8,7 @@ import numpy as np
 
 from experiments.stages.evaluation import Policy, evaluate_policies
 from experiments.stages.methods import Stage, kl_weight, with_kl_weight
+from experiments.stages.offline import curve
 from experiments.stages.prepare import prepare
 from rlhfjax.figures import EvaluatedPolicy, plot_gold_against_kl
 from rlhfjax.report import Section, Table, paired_difference_interval
@@ -49,10 +50,18 @@ def one_temperature(stages: Mapping[str, Stage]) -> float:
 def run_seed(config: Any, stages: Mapping[str, Stage], temperature: float, folder: RunFolder) -> list[Policy]:
     """All stages of one seed; the policies on the validation split."""
     prepared = prepare(
-        config.text, config.sft, config.preferences, config.reward, config.evaluation, stages, folder
+        config.text,
+        config.sft,
+        config.preferences,
+        config.reward,
+        config.ratings,
+        config.evaluation,
+        stages,
+        folder,
     )
     problem = prepared.problem
-    tuned = {name: prepared.optimise(name, stage, folder) for name, stage in stages.items()}
+    tuned = {name: prepared.optimise(name, stage) for name, stage in stages.items()}
+    points = {k: v for name, stage in stages.items() for k, v in curve(name, stage, tuned[name]).items()}
     return evaluate_policies(
         config.evaluation,
         problem.text,
@@ -63,6 +72,7 @@ def run_seed(config: Any, stages: Mapping[str, Stage], temperature: float, folde
         prepared.gold_of,
         folder,
         temperature=temperature,
+        points=points,
     )
 
 

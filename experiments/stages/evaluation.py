@@ -3,8 +3,9 @@
 Shapes: B prompts, G completions of each, C completion length.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from experiments.loop import run_once
 from experiments.stages.configs import EvaluationStage as Config
 from experiments.stages.preferences import BRANCHES, column_groups, sample_policy
-from experiments.stages.text import Examples, Text
+from experiments.stages.text import Examples, Text, Writer
 from rlhfjax.networks import Branches
 from rlhfjax.recipes import completion_logp
 from rlhfjax.report import Interval, bootstrap_interval, paired_difference_interval
@@ -50,7 +51,7 @@ def evaluate_policies(
     config: Config,
     text: Text,
     reference: dict,
-    policies: dict[str, dict],
+    policies: Mapping[str, Writer],
     reward: Callable[[Any, Branches], jax.Array],
     reward_params: Any,
     gold: Callable[[Examples], Gold],
@@ -58,23 +59,26 @@ def evaluate_policies(
     *,
     temperature: float,
     split: str = "validation",
+    points: Mapping[str, Writer] = MappingProxyType({}),
 ) -> list[Policy]:
-    """Measures the reference, best-of-n by the reward, and every policy of `policies`.
+    """Measures the reference, best-of-n by the reward, and every policy of `policies` and `points`.
 
     Each policy is decoded at `temperature` (that of the rollouts, at which KL and best-of-n are defined), at the
-    configured others and greedily, all in one pass per prompt batch.
+    configured others and greedily, all in one pass per prompt batch; those of `points` at `temperature` only.
     """
     examples = text.load(split)
     rows = np.arange(min(config.prompts, len(examples)))
     score = _scorer(text, reference, reward, reward_params, examples, config.batch, temperature)
     others = [other for other in config.temperatures if other != temperature]
     root = jax.random.fold_in(jax.random.key(folder.seed), 5)
+    writers = {"sft": Writer(text.lm, reference), **policies, **points}
 
     def compute():
         found = []
-        for number, (label, params) in enumerate({"sft": reference, **policies}.items()):
+        for number, (label, (lm, params)) in enumerate(writers.items()):
             most = max(config.best_of, default=1) if label == "sft" else 1
-            temperatures = np.asarray([temperature] * most + [*others, 0.0], np.float32)
+            more = [] if label in points else [*others, 0.0]
+            temperatures = np.asarray([temperature] * most + more, np.float32)
             out = sample_policy(
                 text,
                 params,
@@ -83,6 +87,7 @@ def evaluate_policies(
                 jax.random.fold_in(root, number),
                 temperatures=temperatures,
                 batch=config.batch,
+                lm=lm,
             )
             scores = score(rows, out, (0, *range(most, len(temperatures))))
             found += _measure(
@@ -237,9 +242,10 @@ def compare(found: list[Policy], temperature: float, treated: str = "ppo") -> li
         (greedy, by_name["sft, greedy"]),
     ]
     bests = [policy for policy in found if policy.group == "best of n"]
-    if bests:
-        price = sampled.kl.mean()
-        pairs.append((sampled, min(bests, key=lambda policy: abs(policy.kl.mean() - price))))
+    points = [policy for policy in found if policy.group.startswith(f"{treated}-")]
+    for one in (sampled, *points) if bests else ():
+        price = one.kl.mean()
+        pairs.append((one, min(bests, key=lambda policy: abs(policy.kl.mean() - price))))
     unique = dict.fromkeys((left.name, right.name) for left, right in pairs)
     return [
         Comparison(

@@ -312,12 +312,15 @@ def check(config: Any, names: Sequence[str]) -> None:
         raise ValueError(
             f"network.width={config.network.width} must be a multiple of twice heads={config.network.heads}"
         )
-    for name in names:
+    for name in dict.fromkeys(("clone", *names)):
         stage = getattr(config, name)
         if stage.steps < 1 or stage.batch < 1:
             raise ValueError(f"{name}: steps={stage.steps} and batch={stage.batch} must be at least 1")
         if name in VALUE_METHODS and not stage.betas:
             raise ValueError(f"{name}.betas names none: no policy would be made of the values")
+        optimizer = make_optimizer(stage.optimizer, stage.steps)
+        maker = {"clone": sft, "best": sft, "soft_q": soft_q}.get(name, ilql)
+        maker.make(lambda params, inputs: inputs, optimizer, stage.algorithm)
 
 
 def _key(folder: RunFolder, name: str) -> jax.Array:

@@ -1,40 +1,72 @@
 """The methods of policy optimisation, by name: what each is made of, from the same start and the same reward."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from experiments.stages import policy
-from experiments.stages.configs import DPOStage, GRPOStage, OnlineDPOStage, PPOStage, RAFTStage
+from experiments.stages import offline, policy
+from experiments.stages.configs import (
+    DPOStage,
+    GRPOStage,
+    ILQLStage,
+    OnlineDPOStage,
+    PPOStage,
+    RAFTStage,
+    SoftQStage,
+)
 from experiments.stages.pairs import check_pairs, train_on_pairs
 from experiments.stages.policy import Problem
 from experiments.stages.preferences import Judged
+from experiments.stages.ratings import Rated
+from experiments.stages.text import Writer
 from rlhfjax.config import DPO
 from rlhfjax.run_folder import RunFolder
 
-Stage = PPOStage | GRPOStage | DPOStage | OnlineDPOStage | RAFTStage
+Stage = PPOStage | GRPOStage | DPOStage | OnlineDPOStage | RAFTStage | SoftQStage | ILQLStage
 # In the order of the tables. Each is also the section of its options.
-METHODS = ("ppo", "grpo", "rloo", "dpo", "online_dpo", "raft")
+METHODS = ("ppo", "grpo", "rloo", "dpo", "online_dpo", "raft", "soft_q", "ilql")
 
 
-def check(config: Stage, available: int, judged: int) -> None:
-    """Raises ValueError where a stage asks for more than there is, or contradicts itself.
+def check(config: Stage, available: int, judged: int, rated: int) -> None:
+    """Raises ValueError where a stage asks for more prompts than there are, or contradicts itself.
+
+    There are `available` to sample for, `judged` with preferences among their samples, `rated` with scores.
 
     For the start of an experiment: a mistake should not cost the minutes of the stages before.
     """
     if isinstance(config, DPOStage):
         check_pairs(config, judged)
+    elif isinstance(config, offline.Config):
+        offline.check(config, rated)
     else:
         policy.check(config, available)
 
 
-def optimise(
-    name: str, config: Stage, problem: Problem, judged: Judged, critic_trunk: dict, folder: RunFolder
-) -> dict:
-    """Runs the method in the stage `name`; returns the policy's parameters.
+def learns_from_ratings(config: Stage) -> bool:
+    """Whether the method learns from rated samples, without sampling."""
+    return isinstance(config, offline.Config)
 
-    `critic_trunk` is what PPO's critic starts from, usually the reward model's.
+
+def optimise(
+    name: str,
+    config: Stage,
+    problem: Problem,
+    judged: Judged,
+    rated: Callable[[], Rated],
+    critic_trunk: dict,
+    folder: RunFolder,
+) -> Writer:
+    """Runs the method in the stage `name`; returns the policy.
+
+    `critic_trunk` is what PPO's critic and ILQL's values start from, usually the reward model's. `rated` is called by
+    the methods that learn from rated samples.
     """
+    lm = problem.text.lm
     if isinstance(config, DPOStage):
-        return train_on_pairs(name, config, problem, judged, folder)
+        return Writer(lm, train_on_pairs(name, config, problem, judged, folder))
+    if isinstance(config, SoftQStage):
+        return offline.train_soft_q(name, config, problem, rated(), folder)
+    if isinstance(config, ILQLStage):
+        return offline.train_values(config, problem, rated(), critic_trunk, folder)
     if isinstance(config, PPOStage):
         learner = policy.ppo_learner(config, problem, critic_trunk)
     elif isinstance(config, GRPOStage):
@@ -43,13 +75,15 @@ def optimise(
         learner = policy.online_dpo_learner(config, problem)
     else:
         learner = policy.raft_learner(config, problem)
-    return policy.optimise_policy(name, config, learner, problem, folder)
+    return Writer(lm, policy.optimise_policy(name, config, learner, problem, folder))
 
 
 def kl_weight(config: Stage) -> float | None:
     """The weight of the KL in a method's objective, reward per nat; None where it has none."""
     if isinstance(config, RAFTStage):
         return None
+    if isinstance(config, offline.Config):
+        return offline.kl_weight(config)
     return config.algorithm.beta if isinstance(config.algorithm, DPO) else config.algorithm.kl_coefficient
 
 
@@ -57,5 +91,7 @@ def with_kl_weight(config: Stage, weight: float) -> Stage:
     """The stage with another weight of the KL. Raises ValueError where the method has none."""
     if isinstance(config, RAFTStage):
         raise ValueError("raft has no KL weight; its distance from the reference is that of its steps")
+    if isinstance(config, offline.Config):
+        return offline.with_kl_weight(config, weight)
     name = "beta" if isinstance(config.algorithm, DPO) else "kl_coefficient"
     return replace(config, algorithm=replace(config.algorithm, **{name: weight}))

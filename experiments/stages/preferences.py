@@ -12,7 +12,7 @@ from experiments.stages.configs import PreferenceStage as Config
 from experiments.stages.text import Examples, Text
 from rlhfjax.data import Preferences, accuracy_ceiling, draw_preferences, same_pairs
 from rlhfjax.generation import Sampling, generate, sample_keys
-from rlhfjax.networks import Branches
+from rlhfjax.networks import Branches, LanguageModel
 from rlhfjax.recipes import Prompts
 from rlhfjax.rewards import rouge_l
 from rlhfjax.run_folder import RunFolder
@@ -47,15 +47,20 @@ def sample_policy(
     *,
     temperatures: np.ndarray,
     batch: int = BATCH,
+    lm: LanguageModel | None = None,
 ) -> dict[str, np.ndarray]:
-    """One completion per prompt and temperature, [B, G]: the arrays of `Generation`, on the host."""
+    """One completion per prompt and temperature, [B, G]: the arrays of `Generation`, on the host.
+
+    `lm` is what `params` are of; None: the plain language model.
+    """
     samples = len(temperatures)
     width = min(samples, BRANCHES)
+    lm = text.lm if lm is None else lm
 
     @jax.jit
     def run(params, prompts: Prompts, key, columns, temperatures):
         return generate(
-            text.lm,
+            lm,
             params,
             prompts.token_BP,
             prompts.mask_BP,

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from experiments.stages import finetune, methods, preferences, reward, text
-from experiments.stages.configs import EvaluationStage, PreferenceStage, RewardStage, SFTStage
+from experiments.stages import finetune, methods, preferences, ratings, reward, text
+from experiments.stages.configs import EvaluationStage, PreferenceStage, RatingStage, RewardStage, SFTStage
 from experiments.stages.configs import Text as TextConfig
 from experiments.stages.evaluation import Gold
 from experiments.stages.policy import Problem
 from experiments.stages.preferences import Judged
+from experiments.stages.ratings import Rated
 from experiments.stages.reward import Learned
-from experiments.stages.text import Examples
+from experiments.stages.text import Examples, Writer
 from rlhfjax.recipes import make_reward_model
 from rlhfjax.rewards import rouge_l
 from rlhfjax.run_folder import RunFolder
@@ -27,10 +29,26 @@ class Prepared:
     learned: Learned
     gold_of: Callable[[Examples], Gold]
     heldout: dict[str, Examples]  # by split
+    sampled: PreferenceStage
+    ratings: RatingStage
+    folder: RunFolder
 
-    def optimise(self, name: str, config: methods.Stage, folder: RunFolder) -> dict:
-        """Runs one method in the stage `name`; returns the policy's parameters."""
-        return methods.optimise(name, config, self.problem, self.judged, self.learned.params["trunk"], folder)
+    @cached_property
+    def rated(self) -> Rated:
+        """Samples with the reward of each; computed for the methods that ask for them."""
+        return ratings.rate(self.ratings, self.sampled, self.problem, self.judged, self.folder)
+
+    def optimise(self, name: str, config: methods.Stage) -> Writer:
+        """Runs one method in the stage `name`; returns the policy."""
+        return methods.optimise(
+            name,
+            config,
+            self.problem,
+            self.judged,
+            lambda: self.rated,
+            self.learned.params["trunk"],
+            self.folder,
+        )
 
 
 def prepare(
@@ -38,6 +56,7 @@ def prepare(
     sft: SFTStage,
     preference: PreferenceStage,
     reward_config: RewardStage,
+    rating: RatingStage,
     evaluation: EvaluationStage,
     chosen: Mapping[str, methods.Stage],
     folder: RunFolder,
@@ -50,7 +69,9 @@ def prepare(
     judged_prompts = preference.prompts - preference.heldout
     reward.check(reward_config, judged_prompts)
     for config in chosen.values():
-        methods.check(config, len(rl_rows), judged_prompts)
+        methods.check(config, len(rl_rows), judged_prompts, rating.prompts)
+        if methods.learns_from_ratings(config):
+            ratings.check(rating, len(rl_rows) - preference.heldout)
     splits = ("validation", "test") if evaluation.test else ("validation",)
     heldout = {
         split: loaded.load(split) for split in splits
@@ -61,7 +82,7 @@ def prepare(
     learned = reward.train_reward_model(reward_config, loaded, reference, train, judged, folder)
     score = make_reward_model(loaded.lm, pool=reward_config.pool)
     problem = Problem(loaded, reference, score, learned.params, train, rl_rows, gold_of(train))
-    return Prepared(problem, judged, learned, gold_of, heldout)
+    return Prepared(problem, judged, learned, gold_of, heldout, preference, rating, folder)
 
 
 def gold_of(examples: Examples) -> Gold:

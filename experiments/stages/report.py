@@ -94,7 +94,9 @@ def text_section(
 ) -> Section:
     """Sampled texts before and after, with what the data has."""
     by_name = {policy.name: policy for policy in found}
-    shown = [name for name in by_name if name.endswith((f", temperature {temperature:g}", ", greedy"))]
+    whole = {policy.group for policy in found if policy.name.endswith(", greedy")}
+    endings = (f", temperature {temperature:g}", ", greedy")
+    shown = [policy.name for policy in found if policy.group in whole and policy.name.endswith(endings)]
     rows = [
         [examples.prompts[b], examples.references[b], *(by_name[name].texts[b] for name in shown)]
         for b in range(min(number, len(found[0].texts)))
@@ -138,6 +140,11 @@ PANELS = (  # label, metric, title; a method shows those it logs
     ("reward", "pair/margin", "Margin of the implicit reward"),
     ("nats per completion", "logp/chosen", "Log-probability of the preferred"),
     ("nats per completion", "logp/rejected", "Log-probability of the other"),
+    ("reward", "path/error", "Error of the paths"),
+    ("nats per token", "policy/log_ratio", "Log-ratio to the reference, of the data"),
+    ("reward", "q/error", "Error of Q"),
+    ("reward", "q/taken", "Q of the data"),
+    ("reward", "value/advantage", "Advantage of the data"),
     ("tokens", "completions/mean_length", "Length"),
 )
 
@@ -156,7 +163,7 @@ def policy_optimisation_section(folder: RunFolder, gold_name: str, stage: str = 
     text = (
         verdict(metrics, gold_name)
         if "gold" in metrics[0]
-        else "Nothing was sampled: pairs were learnt from."
+        else "Nothing was sampled: it learnt from what had been recorded before."
     )
     if "objective/kl" in metrics[0]:
         figures.append(
@@ -236,7 +243,9 @@ def _loss_curves(folder: RunFolder) -> Path:
 def frontier_section(found: Sequence[Policy], folder: RunFolder, gold_name: str) -> Section:
     """Gold against KL."""
     points = [
-        EvaluatedPolicy(policy.name, policy.group, float(policy.kl.mean()), policy.interval("gold"))
+        EvaluatedPolicy(
+            policy.name, policy.group.rsplit("-", 1)[0], float(policy.kl.mean()), policy.interval("gold")
+        )
         for policy in found
         if "greedy" not in policy.name
     ]

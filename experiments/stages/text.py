@@ -1,6 +1,7 @@
 """Text in: the tokenizer, the base model, and pairs split between fine-tuning and reinforcement learning."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +75,13 @@ class Text:
         ]
         texts = [text.strip() for text in self.tokenizer.decode_batch(rows)]
         return [texts[i * samples : (i + 1) * samples] for i in range(batch)]
+
+
+class Writer(NamedTuple):
+    """A policy to sample: a language model, plain or guided by a value, and its parameters."""
+
+    lm: LanguageModel
+    params: dict
 
 
 def open_text(config: Config) -> Text:
