@@ -30,19 +30,23 @@ class Config:
     play: Play = field(default_factory=Play)
     clone: CloneStage = field(
         default_factory=lambda: CloneStage(
-            steps=1500, optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50)
+            steps=1500, batch=32, optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50)
         )
     )
-    best: CloneStage = field(default_factory=lambda: CloneStage(steps=1500))
+    best: CloneStage = field(default_factory=lambda: CloneStage(steps=1000, batch=32))
     """From the clone."""
     ilql: ValueStage = field(
         default_factory=lambda: ValueStage(
+            steps=1500,
+            batch=32,
             betas=(8.0, 32.0),
             algorithm=ILQL(discount=1.0, expectile=0.8, polyak=0.1, policy_coefficient=None),
         )
     )
     monte_carlo: ValueStage = field(
         default_factory=lambda: ValueStage(
+            steps=1000,
+            batch=32,
             betas=(8.0, 32.0),
             algorithm=ILQL(
                 bootstrap="returns", discount=1.0, expectile=None, policy_coefficient=None, polyak=1.0

@@ -32,13 +32,15 @@ class Config:
     play: Play = field(default_factory=Play)
     clone: CloneStage = field(
         default_factory=lambda: CloneStage(
-            steps=2000, optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50)
+            steps=1500, batch=32, optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50)
         )
     )
     best: CloneStage = field(default_factory=lambda: CloneStage(steps=100))
     """From the clone: a tenth of the games is too few to learn spelling from."""
     ilql: ValueStage = field(
         default_factory=lambda: ValueStage(
+            steps=1500,
+            batch=32,
             betas=(2.0, 8.0),
             algorithm=ILQL(discount=1.0, expectile=0.8, polyak=0.05, policy_coefficient=None),
         )
@@ -46,6 +48,7 @@ class Config:
     monte_carlo: ValueStage = field(
         default_factory=lambda: ValueStage(
             steps=1000,
+            batch=32,
             betas=(2.0, 8.0),
             algorithm=ILQL(
                 bootstrap="returns", discount=1.0, expectile=None, policy_coefficient=None, polyak=1.0

@@ -7,7 +7,7 @@ import pytest
 from test_docs_q_learning import blocks, run
 
 PAGE = "environments.md"
-DOOR, ACTING, REPLAY, WRITING, THEIRS, OURS, WORDS, SPOKEN = blocks(PAGE)
+DOOR, ACTING, REPLAY, WRITING, THEIRS, OURS, WORDS, PLAYED, SPOKEN = blocks(PAGE)
 
 
 @pytest.mark.parametrize("block", [DOOR, ACTING, WRITING, OURS], ids=["door", "acting", "writing", "ours"])
@@ -43,6 +43,11 @@ def test_games_in_words_become_episodes(capsys):
     assert "> move" in printed and "the game was won" in printed
     (score,) = re.findall(r"mean score (-?[\d.]+)", printed)
     assert -100 < float(score) < -6.83  # the optimum, and nothing reaches it with random moves
+
+
+def test_a_language_model_plays(capsys):
+    score, shape = run(PLAYED, capsys).split("\n", 1)
+    assert float(score) < -30 and shape.strip() == "(16, 51)"
 
 
 def test_a_text_world_answers_in_words(capsys):
