@@ -42,7 +42,9 @@ class Config:
         )
     )
     pqn: ControlPQN = field(
-        default_factory=lambda: ControlPQN(environment_steps=60_000, optimizer=Optimizer(learning_rate=3e-4))
+        default_factory=lambda: ControlPQN(
+            environment_steps=60_000, epsilon_end=0.02, optimizer=Optimizer(learning_rate=3e-4)
+        )
     )
     dqn: ControlDQN = field(
         default_factory=lambda: ControlDQN(environment_steps=10_000, optimizer=Optimizer(learning_rate=3e-4))

@@ -449,21 +449,21 @@ class ControlPQN:
 
     environment_steps: int = 100_000
     """Length of the run in steps of all worlds together; the optimiser's step size decays over it."""
-    worlds: int = 32
+    worlds: int = 16
     """Worlds that are acted in at once."""
     steps: int = 32
     """Steps in each of them from one update to the next."""
     epsilon_start: float = 1.0
     """Share of uniformly random actions at the first step, in [0, 1]."""
-    epsilon_end: float = 0.05
+    epsilon_end: float = 0.2
     """That share after the fall, in [0, 1]."""
     epsilon_fraction: float = 0.2
     """Part of the run, above 0, over which the share falls linearly."""
-    network: MLP = MLP(hidden=(128, 128), layer_norm=True)
+    network: MLP = MLP(hidden=(64, 64), layer_norm=True)
     """Of the action values."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-3, max_grad_norm=10.0)
     """Takes epochs x minibatches steps at each update."""
-    algorithm: PQN = PQN(discount=0.99, lam=0.65, epochs=4, minibatches=8)
+    algorithm: PQN = PQN(discount=0.99, lam=0.95, epochs=4, minibatches=4)
     """worlds x steps must be divisible by minibatches x microbatches x devices."""
 
 
@@ -471,15 +471,15 @@ class ControlPQN:
 class ControlDQN:
     """DQN that acts in many worlds and learns from replay (`rlhfjax.recipes.control`). The defaults solve CartPole."""
 
-    environment_steps: int = 100_000
+    environment_steps: int = 200_000
     """Length of the run in steps of all worlds together; the optimiser's step size decays over it."""
     worlds: int = 8
     """Worlds that are acted in at once."""
     steps: int = 4
     """Steps in each of them from one round of updates to the next."""
-    updates: int = 16
+    updates: int = 4
     """Updates in a round."""
-    batch: int = 64
+    batch: int = 128
     """Transitions of one update."""
     capacity: int = 50_000
     """Transitions that the replay holds, a multiple of worlds; the oldest make room."""
@@ -499,13 +499,13 @@ class ControlDQN:
     """Share of uniformly random actions at the first step, in [0, 1]."""
     epsilon_end: float = 0.05
     """That share after the fall, in [0, 1]."""
-    epsilon_fraction: float = 0.2
+    epsilon_fraction: float = 0.3
     """Part of the run, above 0, over which the share falls linearly."""
     network: MLP = MLP(hidden=(64, 64), dueling=True)
     """Of the action values."""
     optimizer: Optimizer = Optimizer(learning_rate=1e-3, max_grad_norm=10.0)
     """Takes one step at each update."""
-    algorithm: DQN = DQN(bootstrap="double", period=200)
+    algorithm: DQN = DQN(bootstrap="double", period=50, huber=None)
     """Its discount is that of one step, whatever n_step."""
 
 

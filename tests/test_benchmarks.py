@@ -17,6 +17,7 @@ from experiments.benchmarks import flops, peers
 from experiments.benchmarks import run as benchmark
 from experiments.benchmarks.cases import CASES, language_model
 from experiments.benchmarks.measure import measure
+from experiments.benchmarks.ragged import completion_lengths
 from experiments.benchmarks.sizes import Sizes
 from rlhfjax.config import Decoder
 from rlhfjax.networks import branch_mask, causal_mask
@@ -33,8 +34,11 @@ TINY = Sizes(
     new_tokens=5,
     generation_vocab_size=16,
     training_vocab_size=12,
+    mean_tokens=2,
     memory_length=6,
     memory_vocab_size=20,
+    seeds=2,
+    control_iterations=2,
     matmul_size=8,
 )
 TINY_FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(TINY).items() if type(v) is int]
@@ -43,17 +47,24 @@ TOKENS = {
     "generate_greedy": 4 * 5,
     "generate_t1": 4 * 5,
     "generate_top_p": 4 * 5,
+    "generate_ragged": int(completion_lengths(TINY).sum()),
+    "generate_ragged_batches": int(completion_lengths(TINY).sum()),
     "sft": 4 * (3 + 5),
     "reward_model": 4 * 2 * (3 + 5),
     "ppo": 4 * 5,
     "ppo_grouped": 4 * 5,
+    "control_ppo": 0,
+    "control_pqn": 0,
+    "control_dqn": 0,
     "logprob_memory": 4 * 6,
     "update_memory": 4 * 6,
 }
+# Two seeds, two iterations: worlds x steps of the defaults.
+ENVIRONMENT_STEPS = {"control_ppo": 4 * 4 * 128, "control_pqn": 4 * 16 * 32, "control_dqn": 4 * 8 * 4}
 
 
-# Their siblings ppo_grouped and generate_t1 are the same functions.
-SLOW = ("ppo", "generate_greedy")
+# Their siblings ppo_grouped, generate_t1 and control_ppo are the same functions.
+SLOW = ("ppo", "generate_greedy", "control_pqn", "control_dqn")
 
 
 @functools.cache
@@ -70,6 +81,7 @@ def test_every_case_is_measured_whole(name: str):
     assert record.keys() == record_of("ceiling").keys()
     json.dumps(record)  # nothing but plain values
     assert record["tokens"] == TOKENS[name]
+    assert record["environment_steps"] == ENVIRONMENT_STEPS.get(name, 0)
     assert record["compiles"] == 1
     assert record["memory_temp_bytes"] >= 0 and record["memory_argument_bytes"] > 0
     assert record["model_flops"] > 0 and record["xla_flops"] > 0
@@ -78,7 +90,9 @@ def test_every_case_is_measured_whole(name: str):
     else:
         assert len(record["seconds"]) == 2 and record["compiles_while_timed"] == 0
         assert 0 < record["seconds_min"] <= record["seconds_median"] <= record["seconds_max"]
-        assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds_median"])
+        for unit in ("tokens", "environment_steps"):
+            rate = record[unit] / record["seconds_median"]
+            assert record[f"{unit}_per_second"] == pytest.approx(rate)
         assert record["gflops_per_second"] == pytest.approx(
             record["model_flops"] / record["seconds_median"] / 1e9
         )
@@ -109,6 +123,8 @@ def test_a_step_that_sees_other_tokens_than_claimed_is_an_error():
     case = CASES["ceiling"](TINY)
     with pytest.raises(RuntimeError, match="saw 0 tokens, not the 7"):
         measure(case._replace(tokens=7), repeats=1)
+    with pytest.raises(RuntimeError, match="saw 0 environment steps, not the 5"):
+        measure(case._replace(environment_steps=5), repeats=1)
 
 
 def test_recompiling_while_timed_is_seen():
@@ -128,6 +144,16 @@ def test_generation_runs_to_the_end_and_keeps_logprobs():
     assert one.mask_BGC.all() and not one.finished_BG.any()
     assert bool((one.logp_BGC < 0).all())
     assert not np.array_equal(one.token_BGC, other.token_BGC)
+
+
+def test_ragged_cases_generate_the_same_tokens_of_the_lengths_drawn():
+    sizes = dataclasses.replace(TINY, ragged_batches=2, new_tokens=3)
+    lengths = completion_lengths(sizes)
+    assert len(set(lengths.tolist())) > 2 and lengths.max() == sizes.new_tokens
+    cases = (CASES[name](sizes) for name in ("generate_ragged", "generate_ragged_batches"))
+    one, other = (jax.jit(x.step)(x.state, x.inputs, jax.random.key(0))[1] for x in cases)
+    np.testing.assert_array_equal(one.mask_BGC.sum(-1)[:, 0], lengths)
+    np.testing.assert_array_equal(one.token_BGC, other.token_BGC)
 
 
 def test_pairs_are_those_the_masks_let_through():
@@ -158,6 +184,8 @@ def test_indivisible_sizes_are_refused():
         CASES["ppo_grouped"](dataclasses.replace(TINY, samples=3))
     with pytest.raises(ValueError, match="width 8 must be a multiple of heads 3"):
         CASES["sft"](dataclasses.replace(TINY, heads=3))
+    with pytest.raises(ValueError, match="--seeds 0 and --control-iterations 2 must be at least 1"):
+        CASES["control_ppo"](dataclasses.replace(TINY, seeds=0))
 
 
 @pytest.fixture

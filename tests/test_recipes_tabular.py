@@ -142,6 +142,20 @@ def test_a_time_limit_is_no_end():
         np.testing.assert_allclose(q_RSA, 10.0, rtol=1e-3, err_msg=name)
 
 
+def test_a_time_limit_bootstraps_from_where_it_was_reached():
+    """From state 0 one comes to state 1, which pays 1 for ever; the limit sends back to 0, which is worth less."""
+    table = table_of(np.array([[[0.0, 1.0]], [[0.0, 1.0]]]), np.array([[0.0], [1.0]]))
+    env = table_world(table._replace(start_S=np.array([1.0, 0.0])), limit=2)
+    config = ControlTabular(
+        environment_steps=2_000,
+        worlds=1,
+        steps=10,
+        exploring_starts=False,
+        algorithm=TabularQ(discount=0.9, step_size=0.5),
+    )
+    np.testing.assert_allclose(learnt(env, config, seeds=1)[0, :, 0], [9.0, 10.0], rtol=1e-3)
+
+
 @functools.cache
 def small_training():
     env = frozen_lake()

@@ -8,12 +8,15 @@ Shapes: B prompts or rows, G samples of a prompt, P prompt length, C completion 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmarks.case import Case
+from experiments.benchmarks.control import control_dqn_run, control_ppo_run, control_pqn_run
 from experiments.benchmarks.flops import branch_pairs, causal_pairs, forward_flops
+from experiments.benchmarks.ragged import ragged_case
 from experiments.benchmarks.sizes import Sizes
 from rlhfjax.algorithms import make_optimizer, ppo, reward_model, sft
 from rlhfjax.config import PPO, SFT, Decoder, Optimizer, RewardModel
@@ -35,27 +38,6 @@ from rlhfjax.recipes import (
 # AdamW; so slow that a random model stays one however long it runs.
 OPTIMIZER = Optimizer(learning_rate=1e-5)
 OPTIMIZER_STEPS = 1_000_000  # of the schedule: constant for all purposes
-
-
-class Case(NamedTuple):
-    """One step and what it works on.
-
-    Shapes in place of arrays (`jax.eval_shape`) make a case that is compiled and not run.
-    """
-
-    step: Callable[[Any, Any, jax.Array], tuple[Any, Any]]  # (state, inputs, key) -> (state, outputs)
-    state: Any  # donated to the step
-    inputs: Any  # read only
-    tokens: int  # in a step, as a user counts them: generated, or trained on
-    count: Callable[[Any], Any]  # outputs -> the tokens the program itself saw
-    flops: float  # of the matrix products a step cannot do without
-    sizes: dict[str, Any]
-
-    @property
-    def runs(self) -> bool:
-        """Whether there are arrays to run on."""
-        leaves = jax.tree.leaves((self.state, self.inputs))
-        return not any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
 
 
 def ceiling(sizes: Sizes) -> Case:
@@ -83,6 +65,25 @@ def generate_t1(sizes: Sizes) -> Case:
 def generate_top_p(sizes: Sizes) -> Case:
     """Prefill and decoding with top-p, log-probabilities kept; counts new tokens."""
     return generation(sizes, Sampling(top_p=sizes.top_p))
+
+
+def generate_ragged(sizes: Sizes) -> Case:
+    """Completions of ragged length at temperature 1 through slots that refill; counts new tokens."""
+    return ragged_generation(sizes, refill=True)
+
+
+def generate_ragged_batches(sizes: Sizes) -> Case:
+    """The same completions batch after batch, each as long as its longest; counts new tokens."""
+    return ragged_generation(sizes, refill=False)
+
+
+def ragged_generation(sizes: Sizes, *, refill: bool) -> Case:
+    """One completion of every prompt, `ragged_batches` times as many as are decoded at a time."""
+    lm = language_model(sizes, sizes.generation_vocab_size)
+    count = sizes.ragged_batches * sizes.batch
+    prompts = random_prompts(lm, count, sizes.prompt_length)
+    described = case_sizes(lm, sizes, prompts=count, samples=1)
+    return ragged_case(sizes, lm, init(lm, 0), prompts, described, refill=refill)
 
 
 def generation(sizes: Sizes, sampling: Sampling) -> Case:
@@ -279,10 +280,15 @@ CASES: dict[str, Callable[[Sizes], Case]] = {
     "generate_greedy": generate_greedy,
     "generate_t1": generate_t1,
     "generate_top_p": generate_top_p,
+    "generate_ragged": generate_ragged,
+    "generate_ragged_batches": generate_ragged_batches,
     "sft": finetuning,
     "reward_model": reward_learning,
     "ppo": ppo_single,
     "ppo_grouped": ppo_grouped,
+    "control_ppo": control_ppo_run,
+    "control_pqn": control_pqn_run,
+    "control_dqn": control_dqn_run,
     "logprob_memory": logprob_memory,
     "update_memory": update_memory,
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from experiments.benchmarks.cases import Case
+from experiments.benchmarks.case import Case
 
 WARM_UP = 2  # steps that are not timed; the first is reported apart
 _compiled: list[float] = []  # seconds of every program that this process compiled
@@ -29,13 +29,14 @@ def measure(
 ) -> dict[str, Any]:
     """Compiles and times a case: `rounds` times `repeats` steps, each round followed by `between()`.
 
-    A case without arrays is compiled only. Raises RuntimeError where a step does not see the tokens that the
-    case claims.
+    A case without arrays is compiled only. Raises RuntimeError where a step does not see the tokens or environment
+    steps that the case claims.
 
     Returns a flat record; what was not measured is None.
       seconds, seconds_*               of each step after warming up
       cpu_seconds_median               of all threads, per step
       tokens, tokens_per_second        per step; at the median
+      environment_steps, ..._per_second  the same of cases that act in worlds
       compile_seconds, compiles        tracing and compiling; programs compiled
       first_step_seconds               after compiling
       compiles_while_timed             anything but 0 spoils the times
@@ -57,6 +58,8 @@ def measure(
         "seconds_max": max(seconds, default=None),
         "tokens": case.tokens,
         "tokens_per_second": case.tokens / median if median else None,
+        "environment_steps": case.environment_steps,
+        "environment_steps_per_second": case.environment_steps / median if median else None,
         **compiling,
         **_memory(call),
         "model_flops": case.flops,
@@ -110,10 +113,12 @@ def _time_steps(
 
 
 def check_count(case: Case, outputs: Any) -> None:
-    """Raises RuntimeError where the program did not see the tokens that the case claims."""
+    """Raises RuntimeError where the program did not see the tokens or environment steps that the case claims."""
     seen = int(case.count(outputs))
-    if seen != case.tokens:
-        raise RuntimeError(f"the step saw {seen} tokens, not the {case.tokens} of its description")
+    what = "environment steps" if case.environment_steps else "tokens"
+    claimed = case.environment_steps or case.tokens
+    if seen != claimed:
+        raise RuntimeError(f"the step saw {seen} {what}, not the {claimed} of its description")
 
 
 def _memory(call: jax.stages.Compiled) -> dict[str, int | None]:

@@ -36,9 +36,17 @@ class Sizes:
     """Vocabulary where there is an update."""
     top_p: float = 0.9
     """Nucleus of generate_top_p."""
+    mean_tokens: int = 24
+    """Mean of the lengths in the ragged cases, which are geometric and at most new_tokens."""
+    ragged_batches: int = 4
+    """Completions in the ragged cases, in batches."""
     memory_length: int = 512
     """Tokens of a completion in the memory cases."""
     memory_vocab_size: int = 50_000
     """Vocabulary of the memory cases."""
+    seeds: int = 1
+    """Runs trained together in the control cases, by `vmap`."""
+    control_iterations: int = 100
+    """Iterations of acting and learning in one step of a control case, one program."""
     matmul_size: int = 2048
     """Rows and columns of the float32 product that measures the machine's ceiling."""

@@ -88,7 +88,7 @@ class RatingStage:
     already; past them others, sampled in the same way."""
     missing_eos_penalty: float | None = None
     """Score of a completion that did not end, in place of its reward; none: its reward stays. Squared errors feel such
-    an outlier more than PPO does: at -3, the few completions that did not end are half of the scores' variance."""
+    an outlier more than PPO does: at -3, the few completions that did not end are two fifths of the variance."""
     centred: bool = True
     """Whether the mean over the samples of each prompt is taken off. No optimum changes, since it shifts all values of
     a prompt alike; they need not learn in what prompts differ."""

@@ -68,18 +68,23 @@ def rollout(
     """
     step_all = jax.vmap(autoreset(env).step, in_axes=(0, 0, 0, None))
     params = env.params if params is None else params
+    count = jax.tree.leaves(worlds.observation)[0].shape[0]
+    # Ahead of the loop, for all steps at once: of a small world's step, drawing keys is a large part.
+    key_act_T, key_step_T = jax.vmap(jax.random.split, out_axes=1)(jax.random.split(key, steps))
+    keys_TB = jax.vmap(lambda key: jax.random.split(key, count))(key_step_T)
 
-    def step(worlds: Worlds, key: jax.Array) -> tuple[Worlds, Trajectory]:
-        key_act, key_step = jax.random.split(key)
+    def step(worlds: Worlds, keys: tuple[jax.Array, jax.Array]) -> tuple[Worlds, Trajectory]:
+        key_act, keys_B = keys
         action, extras = _act(act, worlds.observation, key_act)
-        keys = jax.random.split(key_step, action.shape[0])
-        observation, state, reward, terminated, truncated, info = step_all(keys, worlds.state, action, params)
+        observation, state, reward, terminated, truncated, info = step_all(
+            keys_B, worlds.state, action, params
+        )
         final = info.pop("final_observation")
         return Worlds(observation, state), Trajectory(
             worlds.observation, action, reward, terminated, truncated, final, extras, info
         )
 
-    return jax.lax.scan(step, worlds, jax.random.split(key, steps))
+    return jax.lax.scan(step, worlds, (key_act_T, keys_TB))
 
 
 class _Game(NamedTuple):

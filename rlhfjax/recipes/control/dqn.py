@@ -86,11 +86,12 @@ def control_dqn(env: Environment, config: Config) -> Training:
             return epsilon_greedy(key, action_values(run.learner.params, observation), epsilon), ()
 
         worlds, trajectory = rollout(env, act, run.worlds, key_act, steps=config.steps)
+        assert run.replay is not None
         held = replay.add(run.replay, _items(trajectory))
         keys = jax.random.split(key_learn, config.updates)
 
         def learn(carry):
-            carry, steps = jax.lax.scan(lambda c, k: learn_once(*c, k, beta), carry, keys)
+            carry, steps = jax.lax.scan(lambda c, k: learn_once(c[0], c[1], k, beta), carry, keys)
             return carry, {
                 name: (jnp.max if name.endswith("_max") else jnp.mean)(x) for name, x in steps.items()
             }

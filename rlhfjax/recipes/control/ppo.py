@@ -31,7 +31,8 @@ def control_ppo(env: Environment, config: Config) -> Training:
 
     A truncated episode bootstraps from the critic's value of its own final observation, and so does the end of a
     rollout. The reference policy of the KL terms is that of the rollout. Each row of the batch is one step, so that
-    minibatches mix worlds and times, as those of arXiv 1707.06347 do.
+    minibatches mix worlds and times, as those of arXiv 1707.06347 do; in the metrics a sequence is one step, and its
+    reward the lambda-return.
 
     Float fields of the config may be traced. Raises ValueError where a setting does not fit.
     """

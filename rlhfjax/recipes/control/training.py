@@ -111,7 +111,7 @@ def falling(start: jax.Array | float, end: jax.Array | float, progress: jax.Arra
 
 def episode_metrics(trajectory: Trajectory) -> Metrics:
     """Of the episodes that ended in it: mean return, mean length (0 where none did), their number; and all steps."""
-    ended_TB = trajectory.terminated | trajectory.truncated
+    ended_TB = jnp.logical_or(trajectory.terminated, trajectory.truncated)
     count = jnp.sum(ended_TB, dtype=jnp.float32)
 
     def mean(name: str) -> jax.Array:
