@@ -182,6 +182,18 @@ def test_only_the_base_policys_likeliest_tokens_are_drawn():
     np.testing.assert_array_equal(logits[kept], whole[kept])
 
 
+def test_only_what_the_base_policy_might_say_is_said():
+    hidden = jax.random.normal(jax.random.key(1), (2, 3, 8))
+    params = {"base": BASE, "guide": heads(8), "beta": jnp.float32(2.0)}
+    logits = np.asarray(guided(LM, min_p=0.1).logits(params, hidden))
+    plain = np.asarray(LM.logits(BASE, hidden), np.float64)
+    likely = np.exp(plain - plain.max(axis=-1, keepdims=True)) >= 0.1
+    assert 0 < likely.sum() < likely.size and (likely.sum(axis=-1) > 1).any()
+    np.testing.assert_array_equal(np.isfinite(logits), likely)
+    whole = np.asarray(guided(LM).logits(params, hidden))
+    np.testing.assert_array_equal(logits[likely], whole[likely])
+
+
 def test_the_advantage_may_be_any_function():
     def bounded(params, hidden):
         return jnp.minimum(q_advantage(params, hidden), 0.0)
@@ -199,6 +211,8 @@ def test_what_cannot_work_is_refused():
         model.embedding({})
     with pytest.raises(ValueError, match="top_k=-1"):
         guided(LM, top_k=-1)
+    with pytest.raises(ValueError, match="min_p=1.5"):
+        guided(LM, min_p=1.5)
     params = {"base": BASE, "guide": {"q": init_q_heads(jax.random.key(0), 8, 9)}, "beta": 1.0}
     with pytest.raises(ValueError, match="the advantage has shape"):
         model.logits(params, jnp.zeros((2, 3, 8)))
