@@ -182,7 +182,9 @@ def test_the_next_state_is_that_of_the_next_action():
 def test_memory_grows_with_the_tokens_and_not_with_their_square():
     def temporary(length):
         x, mask = (jax.ShapeDtypeStruct((2, length), dtype) for dtype in (jnp.float32, jnp.bool_))
-        return jax.jit(at_next_action).lower(x, mask).compile().memory_analysis().temp_size_in_bytes
+        analysis = jax.jit(at_next_action).lower(x, mask).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     assert temporary(4096) < 8 * temporary(1024)
 

@@ -29,7 +29,7 @@ from rlhfjax.recipes import (
 )
 
 KEY, GAMES = jax.random.key(3), 5
-SMALL = {"width": 16, "heads": 2, "kv_heads": 2, "head_size": 8, "mlp_width": 24}
+SMALL: dict[str, Any] = {"width": 16, "heads": 2, "kv_heads": 2, "head_size": 8, "mlp_width": 24}
 
 
 def model(world, layers=1):

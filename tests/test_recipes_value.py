@@ -136,7 +136,7 @@ def test_the_best_token_is_chosen_by_the_one_and_valued_by_the_other(double):
         lowest = np.asarray(q_values(target["q"], hidden)).min(0)
         by = np.asarray(q_values(model["value"]["q"], chosen_by)).min(0) if double else lowest
         expected = np.take_along_axis(lowest, by.argmax(-1)[..., None], axis=-1)[..., 0]
-        np.testing.assert_allclose(best, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(best), expected, rtol=1e-4, atol=1e-5)
 
 
 @functools.cache
@@ -261,7 +261,9 @@ def test_a_temperature_divides_the_logits_of_policy_and_reference():
     given = text_soft_q(LM, states=branch_states, temperature=0.7)(tilted, batch.inputs)
     values = text_values(LM, states=branch_states, temperature=0.7)
     cloned = values.evaluate(init_text_values(jax.random.key(1), LM, tilted), text).logp
-    on_policy = soft_q_batch(LM, temperature=0.7)(None, Frozen(POLICY, None), text, None, jnp.ones((2, 3)))
+    nothing: Any = None  # state and generation, which are not read
+    as_batch = soft_q_batch(LM, temperature=0.7)
+    on_policy = as_batch(nothing, Frozen(POLICY, None), text, nothing, jnp.ones((2, 3)))
     mask, token = np.asarray(batch.mask), text.completion_BGC[..., None]
     expected = jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(logits_ref, axis=-1)
     np.testing.assert_allclose(given.log_partition[mask], expected[mask], rtol=1e-3, atol=1e-4)

@@ -108,7 +108,8 @@ def collect(task: Task, count: int, folder: RunFolder) -> Conversation:
         rows = [{"game": render(task.world, games, i)} for i in range(min(2, count))]
         return games._asdict(), numbers | {"game/turns": games.turns_B.mean()}, rows
 
-    return Conversation(**run_once("data", folder=folder, compute=compute))
+    stored: dict[str, Any] = run_once("data", folder=folder, compute=compute)
+    return Conversation(**stored)
 
 
 def learn(

@@ -303,8 +303,8 @@ def _default_space(env: Environment, params: PyTree) -> Any:
             "the observations are a pytree of several arrays; give observation_space and to_host"
         )
     if jnp.issubdtype(shape.dtype, jnp.floating):
-        return spaces.Box(-np.inf, np.inf, shape.shape, np.dtype(shape.dtype))
+        return spaces.Box(-np.inf, np.inf, shape.shape, np.dtype(shape.dtype).type)
     if shape.dtype == bool:
         return spaces.MultiBinary(shape.shape)
     limits = np.iinfo(shape.dtype)
-    return spaces.Box(limits.min, limits.max, shape.shape, np.dtype(shape.dtype))
+    return spaces.Box(limits.min, limits.max, shape.shape, np.dtype(shape.dtype).type)

@@ -177,7 +177,7 @@ def cut_games(games: Conversation, turns: int) -> Conversation:
     # A stable sort brings what is kept to the front of its row.
     order_PN = np.argsort(~kept_PN, axis=1, kind="stable")[:, : int(kept_PN.sum(axis=1).max())]
 
-    def packed(x_PN: np.ndarray) -> np.ndarray:
+    def packed(x_PN: Any) -> Any:
         return np.take_along_axis(np.where(kept_PN, x_PN, np.zeros((), x_PN.dtype)), order_PN, axis=1)
 
     final_P = end_P == games.turns_B[game_P]

@@ -23,7 +23,9 @@ class Conversation(NamedTuple):
 
     token_BN: jax.Array  # int32 [B, T + 1], 0 where nothing was said
     mask_BN: jax.Array  # bool, True on tokens that were said, by whomever
-    turn_BN: jax.Array  # int32, the turn of each token: what the world says, then what the agent answers; from 0
+    turn_BN: (
+        jax.Array
+    )  # int32, the turn of each token: what the world says, then what the agent answers; from 0
     agent_BT: jax.Array  # bool [B, T], True on those that the agent said
     reward_BT: jax.Array  # float32, of a turn, at the last token that the agent said in it; elsewhere 0
     terminated_B: jax.Array  # bool, the game ended
