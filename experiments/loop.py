@@ -297,7 +297,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     if objects:
         raise TypeError(f"{path.stem}: {objects} cannot be kept; arrays of numbers, booleans or strings can")
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
+    np.savez(buffer, **arrays)
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, buffer.getvalue())
 
