@@ -34,7 +34,8 @@ def test_cart_pole_is_balanced_for_longer_than_by_chance(capsys):
 
 
 def test_the_whole_run_is_one_program(capsys):
-    assert numbers(WHOLE_RUN, capsys) == [1920, 720]
+    # Of 60 iterations of 32 steps the first 15 leave the replay below its 500; each of the others makes 4 updates.
+    assert numbers(WHOLE_RUN, capsys) == [1920, 180]
 
 
 def test_values_guide_a_clone_through_the_better_door(capsys):
