@@ -1,4 +1,4 @@
-"""The star graph: a clone takes the shortcut, any path; values find the one that leads to the goal."""
+"""The star graph: a clone takes the shortcut, any path; values may tell which one leads to the goal."""
 
 from dataclasses import dataclass, field
 
