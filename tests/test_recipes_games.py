@@ -295,7 +295,10 @@ def test_with_a_memory_of_one_turn_pieces_have_the_loss_of_the_games(bootstrap):
 
 def test_the_best_games_are_kept_in_their_order():
     _, games = data()
+    score_B = jnp.asarray([-9.0, -3.0, -9.0, -1.0, -5.0, -9.0, -3.0, -9.0, -9.0, -9.0, -9.0, -9.0])
+    games = games._replace(score_B=score_B)
     kept = best_games(games, 0.25)
+    np.testing.assert_array_equal(kept.score_B, [-3.0, -1.0, -3.0])
     order = np.argsort(-np.asarray(games.score_B), kind="stable")[:3]
     np.testing.assert_array_equal(kept.score_B, np.asarray(games.score_B)[np.sort(order)])
     np.testing.assert_array_equal(kept.token_BN, np.asarray(games.token_BN)[np.sort(order)])
