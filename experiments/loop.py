@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.monitoring
@@ -297,7 +297,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     if objects:
         raise TypeError(f"{path.stem}: {objects} cannot be kept; arrays of numbers, booleans or strings can")
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **cast(dict[str, Any], arrays))
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, buffer.getvalue())
 

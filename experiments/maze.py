@@ -2,61 +2,34 @@
 
 from dataclasses import dataclass, field
 
-from experiments.stages.game_configs import CloneStage, Network, Play, SoftStage, ValueStage
-from rlhfjax.config import ILQL
+from experiments.stages.game_configs import CloneStage, Learning, ValueStage, value_stage
 
 DESCRIPTION = "a maze in words, learnt from bad players: ILQL against cloning and the exact optimum"
 
 
 @dataclass(frozen=True)
-class Config:
-    algorithms: str = "clone,best,monte_carlo,ilql"
-    """Which to run, comma-separated: clone, best, ilql, monte_carlo, dqn, soft_q."""
+class Config(Learning):
     games: int = 2000
-    """Games to learn from."""
     random: float = 0.85
-    """Share of random moves in them; the others are the best ones."""
+    """Share of random moves in the games to learn from; the others are the best ones."""
     observed: str = "position"
     """What the agent is told: its position, or only which walls are beside it ("walls")."""
     turns: int = 100
     """Until a game is cut short."""
-    memory: int = 1
-    """Turns that attention reaches back over. One is enough where the position is told."""
-    piece: int = 8
-    """Turns of a row that is trained on; 0: whole games."""
-    best_fraction: float = 0.1
-    """Share of the games that are cloned by `best`."""
-    network: Network = field(default_factory=Network)
-    play: Play = field(default_factory=Play)
+    memory: int | None = 1
+    """Turns that attention reaches back over; None: all. One is enough where the position is told."""
+    piece: int | None = 8
+    """Turns of a row that is trained on; None: whole games."""
     clone: CloneStage = field(default_factory=lambda: CloneStage(steps=600))
-    best: CloneStage = field(default_factory=lambda: CloneStage(steps=100))
-    """From the clone: the best games begin near the goal, and from them alone the rest of the maze is unknown."""
     ilql: ValueStage = field(
-        default_factory=lambda: ValueStage(
-            steps=4000,
-            batch=32,
-            betas=(1.0, 16.0, 4.0),
-            algorithm=ILQL(discount=0.99, expectile=0.8, polyak=0.2, policy_coefficient=None),
-        )
+        default_factory=lambda: value_stage(discount=0.99, polyak=0.2, betas=(1.0, 16.0, 4.0), steps=4000)
     )
     monte_carlo: ValueStage = field(
-        default_factory=lambda: ValueStage(
-            steps=1000,
-            betas=(4.0, 16.0),
-            algorithm=ILQL(
-                bootstrap="returns", discount=0.99, expectile=None, policy_coefficient=None, polyak=1.0
-            ),
-        )
+        default_factory=lambda: value_stage("returns", discount=0.99, betas=(4.0, 16.0), steps=1000, batch=64)
     )
     dqn: ValueStage = field(
-        default_factory=lambda: ValueStage(
-            betas=(4.0, 16.0),
-            algorithm=ILQL(
-                bootstrap="max", discount=0.99, expectile=None, polyak=0.02, policy_coefficient=None
-            ),
-        )
+        default_factory=lambda: value_stage("max", discount=0.99, polyak=0.02, betas=(4.0, 16.0), steps=2000)
     )
-    soft_q: SoftStage = field(default_factory=SoftStage)
 
 
 def run(config: Config, folder) -> dict[str, float]:
@@ -74,7 +47,7 @@ def run(config: Config, folder) -> dict[str, float]:
     return solve(
         "The double-T maze in words",
         config,
-        Task(world, maze_player(world, random=config.random), config.memory or None, config.piece or None),
+        Task(world, maze_player(world, random=config.random), config.memory, config.piece),
         folder,
         optimum=maze_score(best_SA, turns=config.turns),
         players={"random moves": maze_player(world, random=1.0)},

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from experiments.stages.game_configs import CloneStage, Network, Play, SoftStage, ValueStage
-from rlhfjax.config import ILQL, Optimizer
+from experiments.stages.game_configs import CloneStage, Learning, ValueStage, value_stage
 
 DESCRIPTION = (
     "the star graph, where a clone takes any path: soft Q, Monte-Carlo values and ILQL find the right one"
@@ -11,13 +10,11 @@ DESCRIPTION = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Learning):
     algorithms: str = "clone,best,monte_carlo,ilql,soft_q"
-    """Which to run, comma-separated: clone, best, ilql, monte_carlo, dqn, soft_q."""
     games: int = 20_000
-    """Games to learn from."""
     smart: float = 0.0
-    """Share of games in them in which the right path is named; in the others any path is."""
+    """Share of games to learn from in which the right path is named; in the others any path is."""
     paths: int = 2
     """Paths from the start."""
     length: int = 2
@@ -26,42 +23,13 @@ class Config:
     """Numbers that nodes may have."""
     best_fraction: float = 0.4
     """Share of the games that are cloned by `best`; about 1 / paths of them are right."""
-    network: Network = field(default_factory=Network)
-    play: Play = field(default_factory=Play)
-    clone: CloneStage = field(
-        default_factory=lambda: CloneStage(
-            steps=1500, batch=32, optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50)
-        )
-    )
     best: CloneStage = field(default_factory=lambda: CloneStage(steps=1000, batch=32))
     """From the clone."""
-    ilql: ValueStage = field(
-        default_factory=lambda: ValueStage(
-            steps=1500,
-            batch=32,
-            betas=(8.0, 32.0),
-            algorithm=ILQL(discount=1.0, expectile=0.8, polyak=0.1, policy_coefficient=None),
-        )
-    )
+    ilql: ValueStage = field(default_factory=lambda: value_stage(polyak=0.1, betas=(8.0, 32.0)))
     monte_carlo: ValueStage = field(
-        default_factory=lambda: ValueStage(
-            steps=1000,
-            batch=32,
-            betas=(8.0, 32.0),
-            algorithm=ILQL(
-                bootstrap="returns", discount=1.0, expectile=None, policy_coefficient=None, polyak=1.0
-            ),
-        )
+        default_factory=lambda: value_stage("returns", betas=(8.0, 32.0), steps=1000)
     )
-    dqn: ValueStage = field(
-        default_factory=lambda: ValueStage(
-            betas=(8.0, 32.0),
-            algorithm=ILQL(
-                bootstrap="max", discount=1.0, expectile=None, polyak=0.1, policy_coefficient=None
-            ),
-        )
-    )
-    soft_q: SoftStage = field(default_factory=SoftStage)
+    dqn: ValueStage = field(default_factory=lambda: value_stage("max", polyak=0.1, betas=(8.0, 32.0)))
 
 
 def run(config: Config, folder) -> dict[str, float]:

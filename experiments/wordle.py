@@ -2,20 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from experiments.stages.game_configs import CloneStage, Network, Play, SoftStage, ValueStage
-from rlhfjax.config import ILQL, Optimizer
+from experiments.stages.game_configs import Learning, ValueStage, value_stage
 
 DESCRIPTION = "Wordle of adjustable size, learnt from middling players: ILQL against cloning"
 
 
 @dataclass(frozen=True)
-class Config:
-    algorithms: str = "clone,best,monte_carlo,ilql"
-    """Which to run, comma-separated: clone, best, ilql, monte_carlo, dqn, soft_q."""
-    games: int = 8000
-    """Games to learn from."""
+class Config(Learning):
     smart: float = 0.4
-    """Share of guesses in them that agree with all that was told; the others are any word."""
+    """Share of guesses in the games that agree with all that was told; the others are any word."""
     words: int = 40
     """Words that may be hidden."""
     letters: int = 3
@@ -24,46 +19,9 @@ class Config:
     """Letters that nonsense is made of."""
     tries: int = 5
     """Guesses of a game."""
-    memory: int = 0
-    """Turns that attention reaches back over; 0: all."""
-    best_fraction: float = 0.1
-    """Share of the games that are cloned by `best`."""
-    network: Network = field(default_factory=Network)
-    play: Play = field(default_factory=Play)
-    clone: CloneStage = field(
-        default_factory=lambda: CloneStage(
-            steps=1500, batch=32, optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50)
-        )
-    )
-    best: CloneStage = field(default_factory=lambda: CloneStage(steps=100))
-    """From the clone: a tenth of the games is too few to learn spelling from."""
-    ilql: ValueStage = field(
-        default_factory=lambda: ValueStage(
-            steps=1500,
-            batch=32,
-            betas=(2.0, 8.0),
-            algorithm=ILQL(discount=1.0, expectile=0.8, polyak=0.05, policy_coefficient=None),
-        )
-    )
-    monte_carlo: ValueStage = field(
-        default_factory=lambda: ValueStage(
-            steps=1000,
-            batch=32,
-            betas=(2.0, 8.0),
-            algorithm=ILQL(
-                bootstrap="returns", discount=1.0, expectile=None, policy_coefficient=None, polyak=1.0
-            ),
-        )
-    )
-    dqn: ValueStage = field(
-        default_factory=lambda: ValueStage(
-            betas=(2.0, 8.0),
-            algorithm=ILQL(
-                bootstrap="max", discount=1.0, expectile=None, polyak=0.05, policy_coefficient=None
-            ),
-        )
-    )
-    soft_q: SoftStage = field(default_factory=SoftStage)
+    memory: int | None = None
+    """Turns that attention reaches back over; None: all."""
+    ilql: ValueStage = field(default_factory=lambda: value_stage(polyak=0.05, betas=(2.0, 8.0)))
 
 
 def run(config: Config, folder) -> dict[str, float]:
@@ -86,7 +44,7 @@ def run(config: Config, folder) -> dict[str, float]:
     return solve(
         f"Wordle, {config.words} words of {config.letters} letters",
         config,
-        Task(world, wordle_player(world, smart=config.smart), config.memory or None),
+        Task(world, wordle_player(world, smart=config.smart), config.memory),
         folder,
         optimum=known_or_none(wordle_optimum, world),
         players={

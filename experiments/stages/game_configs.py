@@ -70,3 +70,47 @@ class Play:
     """Games at each of them."""
     final_games: int = 512
     """Games of each policy at the end; the same worlds for all."""
+
+
+def value_stage(
+    bootstrap: str = "value",
+    *,
+    betas: tuple[float, ...],
+    polyak: float = 1.0,
+    discount: float = 1.0,
+    steps: int = 1500,
+    batch: int = 32,
+) -> ValueStage:
+    """Values of a frozen clone: ILQL's, those of returns (bootstrap "returns") or DQN's ("max")."""
+    expectile = 0.8 if bootstrap == "value" else None
+    algorithm = ILQL(
+        bootstrap, discount=discount, expectile=expectile, polyak=polyak, policy_coefficient=None
+    )
+    return ValueStage(steps=steps, batch=batch, betas=betas, algorithm=algorithm)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What the experiments in worlds of words have in common; each gives its own defaults."""
+
+    algorithms: str = "clone,best,monte_carlo,ilql"
+    """Which to run, comma-separated: clone, best, ilql, monte_carlo, dqn, soft_q."""
+    games: int = 8000
+    """Games to learn from."""
+    best_fraction: float = 0.1
+    """Share of the games that are cloned by `best`."""
+    network: Network = field(default_factory=Network)
+    play: Play = field(default_factory=Play)
+    clone: CloneStage = field(
+        default_factory=lambda: CloneStage(
+            steps=1500, batch=32, optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50)
+        )
+    )
+    best: CloneStage = field(default_factory=lambda: CloneStage(steps=100))
+    """From the clone: the best games alone are too few to learn the world's language from."""
+    ilql: ValueStage = field(default_factory=lambda: value_stage(polyak=0.1, betas=(2.0, 8.0)))
+    monte_carlo: ValueStage = field(
+        default_factory=lambda: value_stage("returns", betas=(2.0, 8.0), steps=1000)
+    )
+    dqn: ValueStage = field(default_factory=lambda: value_stage("max", polyak=0.1, betas=(2.0, 8.0)))
+    soft_q: SoftStage = field(default_factory=SoftStage)
