@@ -22,7 +22,9 @@ class Config(Learning):
     """Turns of a row that is trained on; None: whole games."""
     clone: CloneStage = field(default_factory=lambda: CloneStage(steps=600))
     ilql: ValueStage = field(
-        default_factory=lambda: value_stage(discount=0.99, polyak=0.2, betas=(1.0, 16.0, 4.0), steps=4000)
+        default_factory=lambda: value_stage(
+            discount=0.99, expectile=0.8, polyak=0.2, betas=(1.0, 16.0, 4.0), steps=4000
+        )
     )
     monte_carlo: ValueStage = field(
         default_factory=lambda: value_stage("returns", discount=0.99, betas=(4.0, 16.0), steps=1000, batch=64)

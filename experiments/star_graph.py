@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from experiments.stages.game_configs import CloneStage, Learning, ValueStage, value_stage
+from experiments.stages.game_configs import CloneStage, Learning, ValueStage, sarsa_values, value_stage
 
 DESCRIPTION = (
-    "the star graph, where a clone takes any path: soft Q, Monte-Carlo values and ILQL find the right one"
+    "the star graph, where a clone takes any path: do Monte-Carlo values and ILQL find the right one?"
 )
 
 
 @dataclass(frozen=True)
 class Config(Learning):
-    algorithms: str = "clone,best,monte_carlo,ilql,soft_q"
     games: int = 20_000
     smart: float = 0.0
     """Share of games to learn from in which the right path is named; in the others any path is."""
@@ -25,9 +24,9 @@ class Config(Learning):
     """Share of the games that are cloned by `best`; about 1 / paths of them are right."""
     best: CloneStage = field(default_factory=lambda: CloneStage(steps=1000, batch=32))
     """From the clone."""
-    ilql: ValueStage = field(default_factory=lambda: value_stage(polyak=0.1, betas=(8.0, 32.0)))
+    ilql: ValueStage = field(default_factory=lambda: sarsa_values(betas=(8.0, 32.0)))
     monte_carlo: ValueStage = field(
-        default_factory=lambda: value_stage("returns", betas=(8.0, 32.0), steps=1000)
+        default_factory=lambda: value_stage("returns", betas=(8.0, 32.0), steps=2000)
     )
     dqn: ValueStage = field(default_factory=lambda: value_stage("max", polyak=0.1, betas=(8.0, 32.0)))
 

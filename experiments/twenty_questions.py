@@ -1,8 +1,9 @@
 """Twenty questions, answered from a table: cloning and Q-learning over tokens, from players who ask what comes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from experiments.stages.game_configs import Learning
+from experiments.stages.game_configs import CloneStage, Learning, ValueStage, sarsa_values, value_stage
+from rlhfjax.config import Optimizer
 
 DESCRIPTION = "twenty questions with a symbolic oracle, learnt from middling players: ILQL against cloning"
 
@@ -17,6 +18,15 @@ class Config(Learning):
     """Questions of a game."""
     memory: int | None = None
     """Turns that attention reaches back over; None: all."""
+    clone: CloneStage = field(
+        default_factory=lambda: CloneStage(
+            steps=2000, optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50)
+        )
+    )
+    ilql: ValueStage = field(default_factory=lambda: sarsa_values(betas=(2.0, 8.0), steps=600))
+    monte_carlo: ValueStage = field(
+        default_factory=lambda: value_stage("returns", betas=(2.0, 8.0), steps=500)
+    )
 
 
 def run(config: Config, folder) -> dict[str, float]:

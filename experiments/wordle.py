@@ -1,15 +1,15 @@
 """Wordle in words of tokens: cloning and Q-learning over tokens, from the games of players who do not think much."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from experiments.stages.game_configs import Learning, ValueStage, value_stage
+from experiments.stages.game_configs import Learning
 
 DESCRIPTION = "Wordle of adjustable size, learnt from middling players: ILQL against cloning"
 
 
 @dataclass(frozen=True)
 class Config(Learning):
-    smart: float = 0.4
+    smart: float = 0.6
     """Share of guesses in the games that agree with all that was told; the others are any word."""
     words: int = 40
     """Words that may be hidden."""
@@ -21,7 +21,6 @@ class Config(Learning):
     """Guesses of a game."""
     memory: int | None = None
     """Turns that attention reaches back over; None: all."""
-    ilql: ValueStage = field(default_factory=lambda: value_stage(polyak=0.05, betas=(2.0, 8.0)))
 
 
 def run(config: Config, folder) -> dict[str, float]:

@@ -19,6 +19,7 @@ from rlhfjax.recipes import (
     Prompts,
     completion_logp,
     init_reward_model,
+    iterate_many,
     make_reward_model,
     make_rlhf,
     packed_logp,
@@ -441,6 +442,19 @@ def test_vmap_over_seeds_equals_separate_runs():
         assert_same_move(jax.tree.map(lambda x, i=i: x[i], states), state)
         for name, value in alone.items():
             np.testing.assert_allclose(metrics[name][i], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_many_iterations_in_one_program_equal_one_after_another():
+    keys, batches = jax.random.split(jax.random.key(15), 2), [make_prompts(1), make_prompts(2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    together, metrics, experience = jax.jit(partial(iterate_many, RLHF))(start(), FROZEN, stacked, keys)
+    state = start()
+    for i in range(2):
+        state, alone, seen = iterate(state, FROZEN, batches[i], keys[i])
+        for name, value in alone.items():
+            np.testing.assert_allclose(metrics[name][i], value, rtol=1e-3, atol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(experience.generation.token_BGC, seen.generation.token_BGC)
+    assert_same_move(together, state)
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")

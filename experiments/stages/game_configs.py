@@ -78,15 +78,21 @@ def value_stage(
     betas: tuple[float, ...],
     polyak: float = 1.0,
     discount: float = 1.0,
+    expectile: float | None = None,
+    lam: float = 0.0,
     steps: int = 1500,
     batch: int = 32,
 ) -> ValueStage:
-    """Values of a frozen clone: ILQL's, those of returns (bootstrap "returns") or DQN's ("max")."""
-    expectile = 0.8 if bootstrap == "value" else None
+    """Values of a frozen clone: ILQL's ("value", "sarsa"), those of returns ("returns") or DQN's ("max")."""
     algorithm = ILQL(
-        bootstrap, discount=discount, expectile=expectile, polyak=polyak, policy_coefficient=None
+        bootstrap, discount=discount, lam=lam, expectile=expectile, polyak=polyak, policy_coefficient=None
     )
     return ValueStage(steps=steps, batch=batch, betas=betas, algorithm=algorithm)
+
+
+def sarsa_values(*, betas: tuple[float, ...], steps: int = 2000) -> ValueStage:
+    """ILQL with SARSA(0.9) targets: one-step ones take many more updates where what happened long ago matters."""
+    return value_stage("sarsa", lam=0.9, expectile=0.7, polyak=0.2, betas=betas, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,12 @@ class Learning:
     play: Play = field(default_factory=Play)
     clone: CloneStage = field(
         default_factory=lambda: CloneStage(
-            steps=1500, batch=32, optimizer=Optimizer(learning_rate=3e-3, warmup_steps=50)
+            steps=3000, batch=64, optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50)
         )
     )
     best: CloneStage = field(default_factory=lambda: CloneStage(steps=100))
     """From the clone: the best games alone are too few to learn the world's language from."""
-    ilql: ValueStage = field(default_factory=lambda: value_stage(polyak=0.1, betas=(2.0, 8.0)))
+    ilql: ValueStage = field(default_factory=lambda: sarsa_values(betas=(2.0, 8.0)))
     monte_carlo: ValueStage = field(
         default_factory=lambda: value_stage("returns", betas=(2.0, 8.0), steps=1000)
     )

@@ -25,7 +25,7 @@ from rlhfjax.recipes.reward_model import (
     make_process_reward_model,
     make_reward_model,
 )
-from rlhfjax.recipes.rlhf import RLHF, Experience, Frozen, Prompts, make_rlhf
+from rlhfjax.recipes.rlhf import RLHF, Experience, Frozen, Prompts, iterate_many, make_rlhf
 from rlhfjax.recipes.text import (
     PackedInputs,
     completion_logp,
@@ -79,6 +79,7 @@ __all__ = [
     "init_reward_ensemble",
     "init_reward_model",
     "init_text_values",
+    "iterate_many",
     "judged_batch",
     "judged_evaluate",
     "keep_informative",

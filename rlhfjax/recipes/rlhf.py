@@ -138,6 +138,30 @@ def make_rlhf(
     return RLHF(rollout, learn, iterate)
 
 
+def iterate_many(
+    rlhf: RLHF, state: Any, frozen: Frozen, prompts: Prompts, key_K: jax.Array
+) -> tuple[Any, dict[str, jax.Array], Experience]:
+    """K iterations as one program: `rlhf.iterate` under a scan, for a host that has nothing to do in between.
+
+    Args:
+      prompts: arrays with a first axis K, the batch of each iteration.
+      key_K: a key for each.
+
+    Returns:
+      state, metrics with a first axis K, and the last iteration's experience.
+    """
+
+    def one(carry, x):
+        state, metrics, experience = rlhf.iterate(carry[0], frozen, *x)
+        return (state, experience), metrics
+
+    first = jax.tree.map(lambda x: x[0], (prompts, key_K))
+    shapes = jax.eval_shape(lambda: rlhf.iterate(state, frozen, *first)[2])
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (state, experience), metrics = jax.lax.scan(one, (state, nothing), (prompts, key_K))
+    return state, metrics, experience
+
+
 def as_branches(prompts: Prompts, generation: Generation) -> Branches:
     """The rollout as rows of one prompt and its G completions."""
     return Branches(prompts.token_BP, prompts.mask_BP, generation.token_BGC, generation.mask_BGC)
