@@ -18,6 +18,7 @@ from rlhfjax.recipes import (
     PackedInputs,
     Prompts,
     completion_logp,
+    host_iterations,
     init_reward_model,
     iterate_many,
     make_reward_model,
@@ -455,6 +456,79 @@ def test_many_iterations_in_one_program_equal_one_after_another():
             np.testing.assert_allclose(metrics[name][i], value, rtol=1e-3, atol=1e-5, err_msg=name)
     np.testing.assert_array_equal(experience.generation.token_BGC, seen.generation.token_BGC)
     assert_same_move(together, state)
+
+
+# ---- a reward on the host
+
+
+BATCHES = [(make_prompts(seed), jax.random.key(20 + seed)) for seed in range(3)]
+
+
+def score_late(prompts, generation):
+    """Scores that are made only where they are waited for."""
+    assert generation.token_BGC.shape[0] == prompts.index_B.shape[0]
+    return lambda: reward_on_host(generation)
+
+
+def fresh_start() -> ppo.State:
+    """Of arrays that nothing else uses: they are donated."""
+    return jax.tree.map(jnp.copy, start())
+
+
+def test_iterations_with_a_reward_on_the_host_equal_those_of_one_program():
+    state = start()
+    found = [
+        (np.asarray(jax.tree.leaves(x.state.params)[0]), x)
+        for x in host_iterations(RLHF, score_late, fresh_start(), FROZEN, BATCHES[:2])
+    ]
+    for (kernel, run), (prompts, key) in zip(found, BATCHES, strict=False):
+        state, metrics, seen = iterate(state, FROZEN, prompts, key)
+        np.testing.assert_array_equal(run.experience.generation.token_BGC, seen.generation.token_BGC)
+        np.testing.assert_allclose(kernel, jax.tree.leaves(state.params)[0], atol=2e-5)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(run.metrics[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+        assert run.ahead is None
+    assert_same_move(run.state, state)
+
+
+def test_completions_drawn_ahead_come_from_the_parameters_before_the_update():
+    """By hand: each rollout takes the state that the update before it took. The ratio is to those parameters."""
+    state, drawn_from = start(), start()
+    runs = host_iterations(RLHF, score_late, fresh_start(), FROZEN, BATCHES, ahead=True)
+    for i, (run, (prompts, key)) in enumerate(zip(runs, BATCHES, strict=True)):
+        key_rollout, key_learn = jax.random.split(key)
+        generation = ROLLOUT(drawn_from, prompts, key_rollout)
+        np.testing.assert_array_equal(run.experience.generation.token_BGC, generation.token_BGC)
+        drawn_from = state
+        state, metrics = LEARN(state, FROZEN, prompts, generation, reward_on_host(generation), key_learn)
+        for name, value in metrics.items():
+            np.testing.assert_allclose(run.metrics[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+        # The gap is that of decoding to training at first, later also that of two updates.
+        assert (float(metrics["policy/logp_gap"]) > 1e-3) == (i > 0)
+        assert (run.ahead is None) == (i == 2)
+    assert_same_move(run.state, state)
+
+
+def test_a_run_with_completions_drawn_ahead_goes_on_where_it_stopped():
+    def run(state, batches, generation=None):
+        return host_iterations(RLHF, score_late, state, FROZEN, batches, ahead=True, generation=generation)
+
+    *_, whole = run(fresh_start(), BATCHES)
+    runs = run(fresh_start(), BATCHES)
+    first = next(runs)
+    *_, rest = run(jax.tree.map(jnp.copy, first.state), BATCHES[1:], first.ahead)
+    np.testing.assert_array_equal(whole.experience.generation.token_BGC, rest.experience.generation.token_BGC)
+    assert_same_move(rest.state, whole.state)
+
+
+def test_a_reward_that_raises_loses_no_state():
+    def broken(prompts, generation):
+        raise RuntimeError("no judge today")
+
+    state = fresh_start()
+    with pytest.raises(RuntimeError, match="no judge today"):
+        next(host_iterations(RLHF, broken, state, FROZEN, BATCHES))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")

@@ -1,12 +1,14 @@
 """Host rewards: any number counts whole, nothing bad passes, and the error says where."""
 
+import threading
+import time
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhfjax.rewards.host import score_on_host
+from rlhfjax.rewards.host import RewardPool, score_on_host
 from rlhfjax.rewards.rouge import rouge_l_reward
 
 PROMPTS = ["p", "q", "r"]
@@ -100,3 +102,97 @@ def test_a_sum_beyond_float32_is_refused():
 def test_inputs_that_do_not_fit_are_refused(functions, weights, columns, message):
     with pytest.raises(ValueError, match=message):
         score(functions, weights, columns)
+
+
+# ---- a pool
+
+
+def lengths(prompts, completions, *, extra):
+    return [len(p) + len(c) + e for p, c, e in zip(prompts, completions, extra, strict=True)]
+
+
+MANY = [f"text {'x' * i}" for i in range(23)]
+ASKED = (MANY, MANY[::-1], {"extra": list(range(23))})
+
+
+@pytest.mark.parametrize(("workers", "batch"), [(1, 1), (3, 4), (2, 100)])
+def test_a_pool_gives_the_scores_of_one_call(workers, batch):
+    functions, weights = {"f": lengths, "g": lambda **_: [0.5] * len(_["completions"])}, {"f": 2.0, "g": -1.0}
+    with RewardPool(functions, weights, workers=workers, batch=batch, timeout=60) as pool:
+        first, second = pool.submit(*ASKED), pool.submit(*ASKED)
+        expected = score_on_host(functions, weights, *ASKED)
+        np.testing.assert_array_equal(second(), expected)
+        np.testing.assert_array_equal(first(), expected)
+        assert first().dtype == np.float32
+
+
+def test_batches_are_scored_at_the_same_time():
+    """Each of three waits for the two others: one thread alone would never end."""
+    together = threading.Barrier(3, timeout=30)
+
+    def meets(prompts, completions):
+        together.wait()
+        return [1.0]
+
+    with RewardPool({"f": meets}, {"f": 1.0}, workers=3, batch=1, timeout=60) as pool:
+        np.testing.assert_array_equal(pool.submit(PROMPTS, COMPLETIONS)(), [1.0, 1.0, 1.0])
+
+
+def test_a_pool_numbers_samples_as_the_caller_does():
+    def none_for_the_long(prompts, completions):
+        return [None if len(c) > 50 else 1.0 for c in completions]
+
+    def divides(prompts, completions):
+        return [1 / (len(c) - 2) for c in completions]
+
+    for function, error, words in (
+        (none_for_the_long, ValueError, r"None for sample 2 \('ccc"),
+        (divides, RuntimeError, r"reward 'f' raised ZeroDivisionError: .* \(sample 1: 'bb'\)"),
+        (lambda **_: [float("nan")], ValueError, r"gave nan for sample 0 \('a'\)"),
+    ):
+        with RewardPool({"f": function}, {"f": 1.0}, batch=1) as pool:
+            scores = pool.submit(PROMPTS, COMPLETIONS)
+            with pytest.raises(error, match=words):
+                scores()
+
+
+def test_a_function_that_hangs_is_named_with_its_samples_and_does_not_stop_the_others():
+    free = threading.Event()
+
+    def hangs(prompts, completions):
+        if "bb" in completions:
+            free.wait()
+        return [1.0] * len(completions)
+
+    with RewardPool({"judge": hangs}, {"judge": 1.0}, workers=2, batch=1, timeout=0.2) as pool:
+        start = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"'judge'.* within 0.2 s for sample 1 of 3 \('bb'\)"):
+            pool.submit(PROMPTS, COMPLETIONS)()
+        assert time.monotonic() - start < 10
+        np.testing.assert_array_equal(pool.submit(PROMPTS[:1], COMPLETIONS[:1])(), [1.0])
+        free.set()
+
+
+def test_a_time_out_of_the_reward_itself_is_told_as_such():
+    def raises(**_):
+        raise TimeoutError("the judge's server is slow")
+
+    told = "raised TimeoutError: the judge's server is slow"
+    with RewardPool({"f": raises}, {"f": 1.0}, timeout=30) as pool, pytest.raises(RuntimeError, match=told):
+        pool.submit(PROMPTS, COMPLETIONS)()
+
+
+def test_a_pool_that_cannot_be_is_refused():
+    for words, options in (
+        ("workers=0", {"workers": 0}),
+        ("batch=0", {"batch": 0}),
+        ("timeout=0", {"timeout": 0.0}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            RewardPool({"f": lengths}, {"f": 1.0}, **options)
+    with pytest.raises(ValueError, match="must name the rewards"):
+        RewardPool({"f": lengths}, {})
+    pool = RewardPool({"f": giving(1.0)}, {"f": 1.0})
+    pool.close()
+    with pytest.raises(ValueError, match="the pool is closed"):
+        pool.submit(PROMPTS, COMPLETIONS)

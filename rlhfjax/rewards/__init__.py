@@ -1,7 +1,7 @@
 """Reward functions: on the host (texts in, numbers out), on the device (arrays in, array out), and learned."""
 
 from rlhfjax.rewards.device import WordTable, length_reward, word_count, word_table
-from rlhfjax.rewards.host import HostReward, score_on_host
+from rlhfjax.rewards.host import HostReward, RewardPool, score_on_host
 from rlhfjax.rewards.learned import (
     ensemble_disagreement,
     ensemble_mean,
@@ -19,6 +19,7 @@ from rlhfjax.rewards.rouge import rouge_l, rouge_l_reward, rouge_n
 
 __all__ = [
     "HostReward",
+    "RewardPool",
     "WordTable",
     "ensemble_disagreement",
     "ensemble_mean",

@@ -1,0 +1,65 @@
+"""RLHF with a reward on the host: two compiled halves, and scores that are made while the device works."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rlhfjax.generation import Generation
+from rlhfjax.recipes.rlhf import RLHF, Experience, Frozen, Prompts, as_branches
+
+Score = Callable[[Prompts, Generation], Callable[[], np.ndarray]]
+
+
+class HostIteration(NamedTuple):
+    """What one iteration leaves."""
+
+    state: Any  # donated to the next iteration: copy it to keep it
+    metrics: dict[str, jax.Array]
+    experience: Experience
+    ahead: Generation | None  # the next iteration's completions, where they are drawn ahead
+
+
+def host_iterations(
+    rlhf: RLHF,
+    score: Score,
+    state: Any,
+    frozen: Frozen,
+    batches: Iterable[tuple[Prompts, jax.Array]],
+    *,
+    ahead: bool = False,
+    generation: Generation | None = None,
+) -> Iterator[HostIteration]:
+    """Iterations with a reward on the host, one after the other: rollout, scores, `learn`.
+
+    Args:
+      score: `score(prompts, generation) -> wait`: hands the completions to whoever scores them (`RewardPool.submit`)
+        and returns at once; `wait()` then gives the scores, float [B, G].
+      state: donated to the first iteration.
+      batches: prompts and key of each iteration. As in `rlhf.iterate`, the key is split for rollout and update.
+      ahead: the next rollout begins before the update that waits for the scores, so that the device is not idle
+        meanwhile. Its completions come from parameters one update old. PPO, GRPO and all that take the ratio to the
+        policy that sampled correct for it; the first update of an iteration then has ratios other than 1.
+      generation: completions of the first batch, from `HostIteration.ahead`, of a run that goes on.
+
+    Without `ahead` an iteration is `rlhf.iterate`. What `score` raises comes out of the iterator, and no state is lost
+    by it: the last that was yielded is still there.
+    """
+    rollout, learn = jax.jit(rlhf.rollout), jax.jit(rlhf.learn, donate_argnums=0)
+    remaining = iter(batches)
+    batch = next(remaining, None)
+    while batch is not None:
+        prompts, key = batch
+        key_rollout, key_learn = jax.random.split(key)
+        if generation is None:
+            generation = rollout(state, prompts, key_rollout)
+        wait = score(prompts, generation)
+        batch, following = next(remaining, None), None
+        if ahead and batch is not None:
+            following = rollout(state, batch[0], jax.random.split(batch[1])[0])
+        score_BG = np.asarray(wait(), np.float32)
+        experience = Experience(as_branches(prompts, generation), generation, score_BG)
+        state, metrics = learn(state, frozen, prompts, generation, score_BG, key_learn)
+        generation = following
+        yield HostIteration(state, metrics, experience, following)
