@@ -91,8 +91,14 @@ def iterate_of(name: str):
 
 
 @functools.cache
+def begin_of(name: str):
+    """The start of a whole run, compiled."""
+    return jax.jit(lambda key: train(training_of(name), key, 0)[0])
+
+
+@functools.cache
 def start_of(name: str):
-    return jax.jit(training_of(name).init)(jax.random.key(7))
+    return begin_of(name)(jax.random.key(7))
 
 
 @functools.cache
@@ -101,10 +107,16 @@ def part_of(name: str):
     return jax.jit(lambda run, key, first: train(training_of(name), key, 2, run=run, first=first))
 
 
-@functools.cache
-def whole_of(name: str):
-    """Four iterations from the start."""
-    return jax.jit(lambda key: train(training_of(name), key, 4))
+def joined(first, last):
+    """The metrics of two parts of a run, one after the other."""
+    return jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x]), first, last)
+
+
+def whole_of(name: str, key: jax.Array):
+    """Four iterations from the start, by one program twice: another number of iterations may round otherwise."""
+    half, first = part_of(name)(begin_of(name)(key), key, 0)
+    end, last = part_of(name)(half, key, 2)
+    return end, joined(first, last)
 
 
 def numbers(tree):
@@ -114,6 +126,12 @@ def numbers(tree):
         return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
     return [np.asarray(bits(x)) for x in jax.tree.leaves(tree)]
+
+
+def stacked(trees):
+    """The trees with a leading axis over them, as NumPy arrays."""
+    leaves = zip(*map(numbers, trees), strict=True)
+    return [np.stack(x) for x in leaves]
 
 
 def assert_same_bits(one, other):
@@ -132,17 +150,18 @@ def made_up_trajectory(steps: int, worlds: int, seed: int = 0) -> Trajectory:
     shape = (steps, worlds)
 
     def normal(*size):
-        return jnp.asarray(generator.normal(size=size), jnp.float32)
+        return generator.normal(size=size).astype(np.float32)
 
-    return Trajectory(
+    arrays = Trajectory(
         normal(*shape, 4),
-        jnp.asarray(generator.integers(2, size=shape), jnp.int32),
+        generator.integers(2, size=shape).astype(np.int32),
         normal(*shape),
-        jnp.asarray(generator.uniform(size=shape) < 0.2),
-        jnp.asarray(generator.uniform(size=shape) < 0.2),
+        generator.uniform(size=shape) < 0.2,
+        generator.uniform(size=shape) < 0.2,
         normal(*shape, 4),
-        extras=-jnp.abs(normal(*shape)),
+        extras=-np.abs(normal(*shape)),
     )
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 def value_of(observation: jax.Array) -> jax.Array:
@@ -438,10 +457,9 @@ def test_metrics_are_alike_and_nothing_is_compiled_twice(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_was_stopped_has_the_bits_of_a_whole_one(name, key, tmp_path):
-    """Through a checkpoint on disk, replay and worlds included."""
-    whole, metrics = whole_of(name)(key)
-    start = jax.jit(lambda key: train(training_of(name), key, 0)[0])(key)
-    half, first = part_of(name)(start, key, 0)
+    """Through a checkpoint on disk, replay and worlds included; the whole one, iteration by iteration, is a loop."""
+    whole, metrics = whole_of(name, key)
+    half, first = part_of(name)(begin_of(name)(key), key, 0)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, half)
         checkpoints.wait()
@@ -449,16 +467,21 @@ def test_a_run_that_was_stopped_has_the_bits_of_a_whole_one(name, key, tmp_path)
     assert restored is not None and restored[0] == 2
     end, last = part_of(name)(restored[1], key, 2)
     assert_same_bits(end, whole)
-    assert_same_bits(jax.tree.map(lambda *x: jnp.concatenate(x), first, last), metrics)
+    assert_same_bits(joined(first, last), metrics)
     assert not np.array_equal(numbers(half.learner)[0], numbers(end.learner)[0])  # it has gone on
+    run, found = begin_of(name)(key), []
+    for i in range(4):
+        run, one = iterate_of(name)[0](run, jax.random.fold_in(key, i))
+        found.append(one)
+    assert_close((whole, metrics), (run, stacked(found)), rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_together_equal_seeds_alone(name):
     keys = jax.random.split(jax.random.key(5), 2)
     runs, metrics = jax.jit(jax.vmap(lambda key: train(training_of(name), key, 4)))(keys)
-    alone = [whole_of(name)(key) for key in keys]
-    assert_close((runs, metrics), jax.tree.map(lambda *x: jnp.stack(x), *alone), rtol=2e-3, atol=1e-4)
+    alone = [whole_of(name, key) for key in keys]
+    assert_close((runs, metrics), stacked(alone), rtol=2e-3, atol=1e-4)
     assert not np.allclose(metrics["loss/total"][0], metrics["loss/total"][1])
 
 
@@ -489,7 +512,7 @@ def with_floats(config, values):
     return dataclasses.replace(config, **replaced)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["ppo", "pqn", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_a_sweep_over_every_float_equals_separate_runs(name, key):
     """The training is built within the vmap; each float of the config, nested ones too, is traced."""
     config = SMALL[name]
@@ -506,8 +529,8 @@ def test_a_sweep_over_every_float_equals_separate_runs(name, key):
     scale = (1.0, 0.5)
     alone = [one({n: jnp.float32(x * s) for n, x in values.items()}) for s in scale]
     together = jax.jit(jax.vmap(last))({n: jnp.float32(x) * jnp.array(scale) for n, x in values.items()})
-    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *alone), rtol=2e-3, atol=1e-4)
-    constant = jax.tree.map(lambda x: x[:2], whole_of(name)(key)[1])
+    assert_close(together, stacked(alone), rtol=2e-3, atol=1e-4)
+    constant = jax.tree.map(lambda x: x[:2], whole_of(name, key)[1])
     assert_close(alone[0][1], constant, rtol=2e-3, atol=1e-4)  # as where they are no arrays
     difference = [np.abs(a - b).max() for a, b in zip(*map(numbers, alone), strict=True)]
     assert max(difference) > 1e-3  # the floats are read
