@@ -307,18 +307,16 @@ def along(q, action):
 def test_lambda_returns_equal_rlax_also_at_truncations():
     """A cut bootstraps from the value wholly, as lam = 0 does."""
     lam = np.where(TRUNCATED, 0.0, LAM)
-    expected = jax.jit(
-        jax.vmap(rlax.lambda_returns),
-    )(REWARD, ALIVE, NEXT_VALUE, lam)
+    expected = compiled(jax.vmap(rlax.lambda_returns), REWARD, ALIVE, NEXT_VALUE, lam)
     assert_exact(
         compiled(ops.lambda_returns, REWARD, NEXT_VALUE, discount=DISCOUNT, lam=LAM, **FLAGS), expected
     )
 
 
 def test_td_lambda_equals_rlax():
-    expected = jax.jit(
-        jax.vmap(rlax.td_lambda, (0, 0, 0, 0, None)),
-    )(VALUE, REWARD, ALIVE, OBSERVED[:, 1:], 0.7)
+    expected = compiled(
+        jax.vmap(rlax.td_lambda, (0, 0, 0, 0, None)), VALUE, REWARD, ALIVE, OBSERVED[:, 1:], 0.7
+    )
     given = compiled(ops.lambda_returns, REWARD, OBSERVED[:, 1:], discount=DISCOUNT, lam=0.7, **ENDED)
     assert_exact(given - VALUE, expected)
     advantage, returns = compiled(
@@ -329,9 +327,16 @@ def test_td_lambda_equals_rlax():
 
 
 def test_sarsa_lambda_equals_rlax():
-    expected = jax.jit(
+    expected = compiled(
         jax.vmap(rlax.sarsa_lambda, (0, 0, 0, 0, 0, 0, None)),
-    )(Q[:, :-1], ACTION[:, :-1], REWARD, ALIVE, Q[:, 1:], ACTION[:, 1:], 0.7)
+        Q[:, :-1],
+        ACTION[:, :-1],
+        REWARD,
+        ALIVE,
+        Q[:, 1:],
+        ACTION[:, 1:],
+        0.7,
+    )
     taken = along(Q, ACTION)
     given = compiled(ops.lambda_returns, REWARD, taken[:, 1:], discount=DISCOUNT, lam=0.7, **ENDED)
     assert_exact(given - taken[:, :-1], expected)
@@ -351,9 +356,7 @@ def test_q_lambda_equals_rlax():
     watkins_lam = 0.7 * greedy[:, 1:]
     taken = along(Q, ACTION)[:, :-1]
     for lam, flags in ((np.full((B, T), 0.7), {}), (watkins_lam, {"greedy": greedy[:, :-1]})):
-        expected = jax.jit(
-            jax.vmap(rlax.q_lambda),
-        )(Q[:, :-1], ACTION[:, :-1], REWARD, ALIVE, Q[:, 1:], lam)
+        expected = compiled(jax.vmap(rlax.q_lambda), Q[:, :-1], ACTION[:, :-1], REWARD, ALIVE, Q[:, 1:], lam)
         given = compiled(ops.q_lambda_returns, REWARD, Q[:, 1:], discount=DISCOUNT, lam=0.7, **ENDED, **flags)
         assert_exact(given - taken, expected)
 
@@ -361,7 +364,7 @@ def test_q_lambda_equals_rlax():
 def test_retrace_equals_rlax():
     pi, mu = RNG.dirichlet(np.ones(A), (2, B, T + 1))
     log_ratio = np.log(along(pi, ACTION) / along(mu, ACTION))
-    expected = jax.jit(jax.vmap(partial(rlax.retrace, eps=0.0), (0, 0, 0, 0, 0, 0, 0, 0, None)), )(
+    expected = compiled(jax.vmap(partial(rlax.retrace, eps=0.0), (0, 0, 0, 0, 0, 0, 0, 0, None)), 
         Q[:, :-1], Q[:, 1:], ACTION[:, :-1], ACTION[:, 1:], REWARD, ALIVE, pi[:, 1:], along(mu, ACTION)[:, 1:], 0.7
     )  # fmt: skip
     taken = along(Q, ACTION)[:, :-1]
@@ -375,9 +378,15 @@ def test_retrace_equals_rlax():
 @pytest.mark.parametrize("lam", [1.0, 0.7])
 def test_vtrace_equals_rlax(lam):
     compare = partial(rlax.vtrace_td_error_and_advantage, clip_rho_threshold=1.3, clip_pg_rho_threshold=1.1)
-    expected = jax.jit(
+    expected = compiled(
         jax.vmap(compare, (0, 0, 0, 0, 0, None)),
-    )(VALUE, OBSERVED[:, 1:], REWARD, ALIVE, np.exp(LOG_RATIO), lam)
+        VALUE,
+        OBSERVED[:, 1:],
+        REWARD,
+        ALIVE,
+        np.exp(LOG_RATIO),
+        lam,
+    )
     given = compiled(
         ops.vtrace,
         REWARD,
