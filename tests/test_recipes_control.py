@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.algorithms import dqn, make_optimizer, ppo, pqn
@@ -189,10 +190,12 @@ def loop_of_gae(steps: Trajectory, discount: float, lam: float):
 
 def test_rows_of_a_step_have_the_advantages_of_the_trajectory():
     trajectory = made_up_trajectory(9, 5)
-    assert (trajectory.truncated & ~trajectory.terminated).any() and trajectory.terminated.any()
+    terminated, truncated = np.asarray(trajectory.terminated), np.asarray(trajectory.truncated)
+    assert (truncated & ~terminated).any() and terminated.any()
     config = PPO(kl_coefficient=0.0, discount=0.9, lam=0.8, whiten_advantages=False)
-    rows = ppo_steps(trajectory, value_of, config)
-    sample, _ = targets(rows, jnp.float32(0), config=config)
+    rows = compiled(lambda steps: ppo_steps(steps, value_of, config), trajectory)
+    sample, _ = compiled(lambda rows: targets(rows, jnp.float32(0), config=config), rows)
+    rows, sample, trajectory = jax.tree.map(np.asarray, (rows, sample, trajectory))
     advantage_BT, returns_BT = loop_of_gae(trajectory, 0.9, 0.8)
     assert rows.mask.shape == (45, 1) and rows.mask.all()
     np.testing.assert_allclose(sample.advantage.reshape(5, 9), advantage_BT, rtol=1e-5, atol=1e-5)
@@ -213,28 +216,34 @@ def test_ppo_loss_of_rows_is_that_of_whole_trajectories():
         logp = jnp.take_along_axis(logp_A, action[..., None], axis=-1)[..., 0]
         return logp, -jnp.sum(jnp.exp(logp_A) * logp_A, axis=-1), observation @ params["value"]
 
-    x = batch_first(trajectory)
-    rows = ppo_steps(trajectory, value_of, config)
-    inputs, value = (x.observation, x.action), value_of(x.observation)
-    whole = ppo.Rollout(
-        inputs,
-        x.extras,
-        x.extras,
-        value,
-        x.reward,
-        jnp.ones(value.shape, bool),
-        next_value=value_of(x.next_observation),
-        terminated=x.terminated,
-        truncated=x.truncated,
-    )
-    params = {"policy": jnp.ones((4, 2)).at[0, 1].set(-1.0), "value": jnp.arange(4.0)}
+    def rollouts(trajectory):
+        x = batch_first(trajectory)
+        inputs, value = (x.observation, x.action), value_of(x.observation)
+        whole = ppo.Rollout(
+            inputs,
+            x.extras,
+            x.extras,
+            value,
+            x.reward,
+            jnp.ones(value.shape, bool),
+            next_value=value_of(x.next_observation),
+            terminated=x.terminated,
+            truncated=x.truncated,
+        )
+        return ppo_steps(trajectory, value_of, config), whole
+
+    params = {
+        "policy": np.asarray([[1, -1], [1, 1], [1, 1], [1, 1]], np.float32),
+        "value": np.arange(4, dtype=np.float32),
+    }
 
     def total(params, rollout):
         sample, _ = targets(rollout, jnp.float32(0), config=config)
         return ppo.loss(params, sample, evaluate=evaluate, config=config)
 
     found, expected = (
-        jax.jit(jax.value_and_grad(total, has_aux=True))(params, rollout) for rollout in (rows, whole)
+        jax.jit(jax.value_and_grad(total, has_aux=True))(params, rollout)
+        for rollout in compiled(rollouts, trajectory)
     )
     assert found[0][1]["policy/clip_fraction"] > 0 and found[0][1]["count"] == 24
     assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -319,13 +328,23 @@ def test_paths_from_replay_end_with_their_episode_and_at_the_newest_step():
     """Five steps of each of two worlds are held, the ring having gone round twice; against a loop."""
     config = dataclasses.replace(SMALL["dqn"], worlds=2, n_step=3, capacity=10)
     trajectory = made_up_trajectory(12, 2, seed=13)
-    first = jax.tree.map(lambda x: x[0], _items(trajectory))
-    held = replay.init(Item(*first), 10)
-    for t in range(0, 12, 3):
-        held = replay.add(held, _items(jax.tree.map(lambda x, t=t: x[t : t + 3], trajectory)))
-    index = jnp.arange(10)
-    sample = replay.Sample(jax.tree.map(lambda x: x[index], held.item), index, jnp.ones(10))
-    batch = jax.jit(lambda held, sample: _transitions(held, sample, config))(held, sample)
+
+    @jax.jit
+    def filled(trajectory):
+        first = jax.tree.map(lambda x: x[0], _items(trajectory))
+        held = replay.init(Item(*first), 10)
+        for t in range(0, 12, 3):
+            held = replay.add(held, _items(jax.tree.map(lambda x, t=t: x[t : t + 3], trajectory)))
+        index = jnp.arange(10)
+        return held, replay.Sample(jax.tree.map(lambda x: x[index], held.item), index, jnp.ones(10))
+
+    def batch_of(held, sample, config):
+        return jax.tree.map(
+            np.asarray, compiled(lambda held, sample: _transitions(held, sample, config), held, sample)
+        )
+
+    held, sample = filled(trajectory)
+    batch = batch_of(held, sample, config)
     x = jax.tree.map(np.asarray, trajectory)
     seen, ends = set(), set()
     for i in range(10):
@@ -348,7 +367,7 @@ def test_paths_from_replay_end_with_their_episode_and_at_the_newest_step():
         assert bool(batch.terminated_B[i]) == x.terminated[last, b]
     assert seen == {(t, b) for t in range(7, 12) for b in range(2)}
     assert ends == {"terminated", "truncated", "newest"}
-    one = _transitions(held, sample, dataclasses.replace(config, n_step=1))
+    one = batch_of(held, sample, dataclasses.replace(config, n_step=1))
     np.testing.assert_array_equal(one.reward_B, held.item.reward)
     np.testing.assert_array_equal(one.next_inputs, held.item.next_observation)
     assert one.discount_B is None
@@ -424,11 +443,12 @@ def test_without_priorities_nothing_is_weighted():
     assert metrics["loss/td"] == metrics["loss/total"] > 0
     assert training.values is not None
     # Action values of a distribution are its means.
-    q_BA = training.values(run, run.worlds.observation)
+    q_BA = np.asarray(jax.jit(training.values)(run, run.worlds.observation))
     network = mlp(config.network, (4,), 2, quantiles=5)
-    q_BAN = network.apply(run.learner.params, run.worlds.observation)
+    q_BAN = np.asarray(jax.jit(network.apply)(run.learner.params, run.worlds.observation))
     np.testing.assert_allclose(q_BA, q_BAN.mean(axis=-1), rtol=1e-6)
-    action_B, _ = training.policy(run)(run.worlds.observation, jax.random.key(0))
+    act = jax.jit(lambda run, key: training.policy(run)(run.worlds.observation, key))
+    action_B, _ = act(run, jax.random.key(0))
     np.testing.assert_array_equal(action_B, np.argmax(q_BA, axis=1))
 
 
