@@ -291,9 +291,10 @@ def test_a_ppo_iteration_is_its_parts_put_together(key):
 
 
 def test_a_pqn_iteration_is_its_parts_put_together():
-    """In the middle of the fall of epsilon."""
+    """The second iteration: in the middle of the fall of epsilon, and some episodes are cut short in it."""
     config = SMALL["pqn"]
-    run = start_of("pqn")._replace(steps=jnp.int32(32))
+    run, _ = iterate_of("pqn")[0](start_of("pqn"), jax.random.key(4))
+    assert int(run.steps) == 32
     network = mlp(config.network, (4,), 2)
     algorithm = pqn.make(network.apply, make_optimizer(config.optimizer, 10 * 2 * 2), config.algorithm)
     epsilon = 1.0 - 0.95 * 32 / (0.2 * 320)
@@ -311,9 +312,11 @@ def test_a_pqn_iteration_is_its_parts_put_together():
         batch = pqn.Rollout(
             x.observation, x.action, x.reward, x.terminated, x.truncated, next_inputs=x.next_observation
         )
-        return worlds, algorithm.update(run.learner, batch, key_learn)
+        cut = jnp.any(x.truncated & ~x.terminated)
+        return worlds, algorithm.update(run.learner, batch, key_learn), cut
 
-    worlds, (learner, metrics) = jax.jit(by_hand)(run, jax.random.key(5))
+    worlds, (learner, metrics), cut = jax.jit(by_hand)(run, jax.random.key(5))
+    assert cut
     after, found = iterate_of("pqn")[0](run, jax.random.key(5))
     assert_close(after.worlds, worlds)
     assert_close(after.learner, learner, rtol=1e-4, atol=1e-5)
