@@ -235,7 +235,8 @@ def test_metrics_keep_their_names_and_are_documented(params, rollout):
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 def test_targets_equal_loops(rollout, whiten_rewards):
     config = dataclasses.replace(ONE_STEP, whiten_rewards=whiten_rewards, whiten_advantages=False)
-    sample, _ = ppo.targets(rollout, jnp.asarray(0.7), config=config)
+    sample, _ = jax.jit(functools.partial(ppo.targets, config=config))(rollout, jnp.float32(0.7))
+    sample = jax.tree.map(np.asarray, sample)
     advantage, returns = expected_targets(rollout, config, kl_coefficient=0.7)
     mask = np.asarray(rollout.mask)
     np.testing.assert_allclose(sample.advantage[mask], advantage[mask], rtol=1e-4, atol=1e-5)
@@ -244,13 +245,12 @@ def test_targets_equal_loops(rollout, whiten_rewards):
 
 
 def test_truncated_episode_bootstraps_and_terminated_does_not():
-    row = jnp.zeros((1, 3))
+    row, one = jnp.asarray(np.zeros((1, 3), np.float32)), jnp.asarray(np.ones((1, 3), np.float32))
     flags = {"terminated": jnp.array([[True, False, False]]), "truncated": jnp.array([[False, True, False]])}
-    rollout = ppo.Rollout(
-        {}, row, row, row, row + 1.0, row == 0, next_value=jnp.array([[10.0, 20.0, 30.0]]), **flags
-    )
+    mask = jnp.asarray(np.ones((1, 3), bool))
+    rollout = ppo.Rollout({}, row, row, row, one, mask, next_value=jnp.array([[10.0, 20.0, 30.0]]), **flags)
     config = PPO(discount=0.5, lam=1.0, whiten_advantages=False)
-    sample, _ = ppo.targets(rollout, jnp.asarray(0.0), config=config)
+    sample, _ = jax.jit(functools.partial(ppo.targets, config=config))(rollout, jnp.float32(0.0))
     np.testing.assert_allclose(sample.returns, [[1.0, 1.0 + 0.5 * 20.0, 1.0 + 0.5 * 30.0]])
 
 

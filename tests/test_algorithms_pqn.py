@@ -93,6 +93,12 @@ def step(w, rollout, config, seed=0):
     return update(init(jnp.asarray(w)), rollout, jax.random.key(seed))
 
 
+@functools.cache
+def targets_of(config):
+    """The targets of a rollout, compiled."""
+    return jax.jit(functools.partial(pqn.targets, evaluate=evaluate, config=config))
+
+
 def test_there_is_something_to_tell_apart():
     rollout = rollout64()
     inside = (rollout.terminated | rollout.truncated)[:, :-1]
@@ -105,7 +111,7 @@ def test_targets_equal_the_loop(lam):
     config = dataclasses.replace(ONE_STEP, lam=lam)
     w, rollout = kernel(), rollout64()
     with float64():
-        sample, bad = pqn.targets(jnp.asarray(w), as_arrays(rollout), evaluate=evaluate, config=config)
+        sample, bad = targets_of(config)(w, as_arrays(rollout))
         assert sample.target_N.dtype == jnp.float64
     np.testing.assert_allclose(
         np.reshape(sample.target_N, (B, T)), expected_targets(w, rollout, config), rtol=0, atol=1e-12
@@ -125,14 +131,13 @@ def test_targets_equal_those_of_rlax():
         next_inputs=np.concatenate([rollout.inputs[:, 1:], rollout.next_inputs[:, -1:]], 1)
     )
     with float64():
-        sample, _ = pqn.targets(jnp.asarray(w), as_arrays(rollout), evaluate=evaluate, config=ONE_STEP)
-        q, next_q = (jnp.asarray(x @ w) for x in (rollout.inputs, rollout.next_inputs))
-        discount = 0.9 * (1.0 - jnp.asarray(rollout.terminated))
-        action, reward = jnp.asarray(rollout.action), jnp.asarray(rollout.reward)
-        lam = jnp.full(T, ONE_STEP.lam)
-        error = jax.vmap(rlax.q_lambda, (0, 0, 0, 0, 0, None))(q, action, reward, discount, next_q, lam)
-        taken = jnp.take_along_axis(q, action[..., None], axis=2)[..., 0]
-        expected = np.asarray(error + taken)
+        sample, _ = targets_of(ONE_STEP)(w, as_arrays(rollout))
+        q, next_q = (x @ w for x in (rollout.inputs, rollout.next_inputs))
+        discount = 0.9 * (1.0 - rollout.terminated)
+        theirs = jax.jit(jax.vmap(rlax.q_lambda, (0, 0, 0, 0, 0, None)))
+        lam = np.full(T, ONE_STEP.lam)
+        error = np.asarray(theirs(q, rollout.action, rollout.reward, discount, next_q, lam))
+        expected = error + np.take_along_axis(q, rollout.action[..., None], axis=2)[..., 0]
     np.testing.assert_allclose(np.reshape(sample.target_N, (B, T)), expected, rtol=0, atol=1e-12)
 
 
@@ -143,7 +148,7 @@ def test_one_step_equals_the_gradient_of_the_loop(huber):
     target = expected_targets(w, rollout, config)
     with float64():
         state, metrics = step(w, as_arrays(rollout), config)
-        moved = np.asarray(w - state.params)
+        moved = w - np.asarray(state.params)
     gradient = np.zeros_like(w)
     for i in np.ndindex(w.shape):
         width = np.zeros_like(w)
@@ -177,14 +182,17 @@ def test_values_kept_from_the_rollout_stand_for_the_observations():
 def test_masked_steps_equal_dropped_steps():
     """Anything may lie under the mask, NaN in the observations too."""
     w, rollout = np.float32(kernel()), as_arrays(rollout64(), jnp.float32)
-    places = jnp.array([0, 2, 3, 4, 6, 7])
-    junk: Any = (jnp.nan, 99, jnp.nan, True, True, jnp.nan)
-    padded = jax.tree.map(
-        lambda x, j: jnp.full((B, T + 2, *x.shape[2:]), j, x.dtype).at[:, places].set(x),
-        rollout,
-        pqn.Rollout(*junk),
-    )
-    padded = padded._replace(mask=jnp.zeros((B, T + 2), bool).at[:, places].set(True))
+    places = np.array([0, 2, 3, 4, 6, 7])
+    junk: Any = (np.nan, 99, np.nan, True, True, np.nan)
+
+    def pad(x, j):
+        out = np.full((B, T + 2, *x.shape[2:]), j, x.dtype)
+        out[:, places] = x
+        return jnp.asarray(out)
+
+    padded = jax.tree.map(pad, rollout, pqn.Rollout(*junk))
+    mask = np.tile(np.isin(np.arange(T + 2), places), (B, 1))
+    padded = padded._replace(mask=jnp.asarray(mask))
     (first, metrics), (second, padded_metrics) = (step(w, x, ONE_STEP) for x in (rollout, padded))
     np.testing.assert_allclose(first.params, second.params, rtol=1e-5, atol=1e-6)
     for name, x in metrics.items():
@@ -216,7 +224,7 @@ def test_microbatches_and_the_order_of_rows_change_nothing():
     w, rollout = np.float32(kernel()), as_arrays(rollout64(), jnp.float32)
     whole, _ = step(w, rollout, ONE_STEP)
     parts, _ = step(w, rollout, dataclasses.replace(ONE_STEP, microbatches=3))
-    other, _ = step(w, jax.tree.map(lambda x: x[::-1], rollout), ONE_STEP)
+    other, _ = step(w, jax.tree.map(lambda x: np.asarray(x)[::-1], rollout), ONE_STEP)
     np.testing.assert_allclose(whole.params, parts.params, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(whole.params, other.params, rtol=1e-5, atol=1e-6)
 
@@ -227,8 +235,9 @@ def test_members_of_a_mapped_axis_make_one_step():
     whole, metrics = step(w, rollout, ONE_STEP)
     algorithm = pqn.make(evaluate, SGD, ONE_STEP, axis_name="data")
     mapped = jax.jit(jax.vmap(algorithm.update, (None, 0, None), axis_name="data"))
-    parts = jax.tree.map(lambda x: x[:, None], rollout)
+    parts = jax.tree.map(lambda x: np.asarray(x)[:, None], rollout)
     state, numbers = mapped(algorithm.init(jnp.asarray(w)), parts, jax.random.key(0))
+    state, numbers = jax.tree.map(np.asarray, (state, numbers))
     for i in range(B):
         np.testing.assert_allclose(state.params[i], whole.params, rtol=1e-5, atol=1e-6)
         for name, x in metrics.items():
@@ -241,12 +250,13 @@ def test_targets_are_held_over_epochs_and_minibatches():
     w, rollout, slow = np.float32(kernel()), as_arrays(rollout64(), jnp.float32), optax.sgd(0.1)
     algorithm = pqn.make(evaluate, slow, config)
     state, _ = jax.jit(algorithm.update)(algorithm.init(jnp.asarray(w)), rollout, jax.random.key(0))
-    sample, _ = pqn.targets(jnp.asarray(w), rollout, evaluate=evaluate, config=config)
+    sample, _ = targets_of(config)(w, rollout)
     expected = np.asarray(w, np.float64)
+    split = jax.jit(lambda sample, key: pqn.split_blocks(sample, 2, key))
     for key in jax.random.split(jax.random.key(0), 2):
-        parts = pqn.split_blocks(sample, 2, key)
+        parts = split(sample, key)
         for i in range(2):
-            x, action, target, _ = (np.asarray(field[i]) for field in parts)
+            x, action, target, _ = (np.asarray(field)[i] for field in parts)
             gradient = np.zeros_like(expected)
             for n in range(len(action)):
                 gradient[:, action[n]] += (x[n] @ expected[:, action[n]] - target[n]) * x[n] / len(action)
@@ -290,14 +300,15 @@ def test_a_sweep_over_every_float_equals_separate_runs():
         f.name: f.default for f in dataclasses.fields(PQN) if "float" in str(f.type)
     } | {"huber": 0.5}
     w, rollout = jnp.asarray(np.float32(kernel())), as_arrays(rollout64(), jnp.float32)
-    scale = jnp.array([0.5, 1.0])
+    scale = np.array([0.5, 1.0], np.float32)
 
     def learn(values):
         algorithm = pqn.make(evaluate, SGD, PQN(epochs=1, minibatches=2, **values))
         return algorithm.update(algorithm.init(w), rollout, jax.random.key(0))[0].params
 
     together = jax.jit(jax.vmap(learn))({name: x * scale for name, x in floats.items()})
-    alone = jnp.stack([learn({name: x * s for name, x in floats.items()}) for s in scale])
+    one = jax.jit(learn)
+    alone = np.stack([one({name: x * s for name, x in floats.items()}) for s in scale])
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
 
 

@@ -194,8 +194,13 @@ def test_the_policy_gradient_is_the_slope_of_the_objective(model):
     logits, logits_ref, reward = tables(model, 4)
     every = enumerable.sequences(model)
     logp_ref = enumerable.table_logp(logits_ref, every)
-    params = {"logits": jnp.asarray(logits, jnp.float32), "value": jnp.zeros(len(logits))}
-    found = enumerable.policy_gradient(enumerable.tabular, params, every, logp_ref, reward, beta=BETA)
+    params = {"logits": np.float32(logits), "value": np.zeros(len(logits), np.float32)}
+
+    @jax.jit
+    def gradient(params):
+        return enumerable.policy_gradient(enumerable.tabular, params, every, logp_ref, reward, beta=BETA)
+
+    found = jax.tree.map(np.asarray, gradient(params))
     assert not found["value"].any()
     wanted, step = np.zeros_like(logits), 1e-5
     for place in np.ndindex(*logits.shape):
@@ -213,9 +218,10 @@ def test_a_table_evaluates_tokens_states_and_the_exact_divergence():
     logits, logits_ref, _ = tables(model, 5)
     every = enumerable.sequences(model)
     as_params = [
-        {"logits": jnp.asarray(x, jnp.float32), "value": jnp.arange(13.0)} for x in (logits, logits_ref)
+        {"logits": np.float32(x), "value": np.arange(13, dtype=np.float32)} for x in (logits, logits_ref)
     ]
-    logp, entropy, value, kl = enumerable.tabular_with_kl(as_params[0], every, as_params[1])
+    outputs = jax.jit(enumerable.tabular_with_kl)(as_params[0], every, as_params[1])
+    logp, entropy, value, kl = map(np.asarray, outputs)
     p_SV, q_SV = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, logits_ref))
     for n, t in zip(*np.nonzero(every.mask), strict=True):
         prefix, token = every.prefix[n, t], every.token[n, t]
@@ -235,8 +241,9 @@ def test_samples_follow_the_distribution():
     logp[4] = -np.inf
     logp -= np.log(np.exp(logp).sum())
     count = 40_000
-    index = enumerable.sample(jax.random.key(3), jnp.asarray(logp, jnp.float32), (count // 4, 4))
-    seen = np.bincount(np.asarray(index).ravel(), minlength=logp.size)
+    sample = jax.jit(lambda key, logp: enumerable.sample(key, logp, (count // 4, 4)))
+    index = np.asarray(sample(jax.random.key(3), np.float32(logp)))
+    seen = np.bincount(index.ravel(), minlength=logp.size)
     assert index.shape == (count // 4, 4) and index.dtype == jnp.int32 and seen[4] == 0
     expected = count * np.exp(logp[logp > -np.inf])
     statistic = np.sum((seen[logp > -np.inf] - expected) ** 2 / expected)
@@ -255,25 +262,30 @@ def test_a_decoder_gives_every_sequence_what_its_own_generation_gives():
         embedding_stddev=1.0,
     )  # fmt: skip
     lm = decoder(config)
-    params = lm.init(jax.random.key(0))
-    prompt, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    params = jax.jit(lm.init)(jax.random.key(0))
+    prompt, mask = np.zeros((1, 1), np.int32), np.ones((1, 1), bool)
     every = enumerable.sequences(model)
 
     def evaluate(params, inputs):
-        branches = Branches(prompt, mask, jnp.asarray(inputs.token)[None], jnp.asarray(inputs.mask)[None])
+        texts = (jnp.asarray(x) for x in (prompt, mask, inputs.token[None], inputs.mask[None]))
+        branches = Branches(*texts)
         return (completion_logp(lm, params, branches)[0],)
 
-    logp = np.asarray(enumerable.sequence_logp(evaluate, params, every), np.float64)
+    logp = jax.jit(lambda params: enumerable.sequence_logp(evaluate, params, every))(params)
+    logp = np.asarray(logp, np.float64)
     np.testing.assert_allclose(np.exp(logp).sum(), 1.0, atol=1e-5)
-    keys = sample_keys(jax.random.key(1), jnp.arange(1), 64)
-    drawn = generate(
-        lm, params, prompt, mask, keys, max_new_tokens=3, stop_tokens=(2,), sampling=Sampling(1.0)
-    )
+
+    @jax.jit
+    def draw(params, key):
+        keys = sample_keys(key, jnp.arange(1), 64)
+        texts = jnp.asarray(prompt), jnp.asarray(mask)
+        return generate(lm, params, *texts, keys, max_new_tokens=3, stop_tokens=(2,), sampling=Sampling(1.0))
+
+    drawn = jax.tree.map(np.asarray, draw(params, jax.random.key(1)))
     numbers = {tuple(t[m].tolist()): n for n, (t, m) in enumerate(zip(every.token, every.mask, strict=True))}
     for token, kept, token_logp in zip(drawn.token_BGC[0], drawn.mask_BGC[0], drawn.logp_BGC[0], strict=True):
-        kept = np.asarray(kept)
-        n = numbers[tuple(np.asarray(token)[kept].tolist())]
-        np.testing.assert_allclose(np.asarray(token_logp)[kept].sum(), logp[n], atol=1e-5)
+        n = numbers[tuple(token[kept].tolist())]
+        np.testing.assert_allclose(token_logp[kept].sum(), logp[n], atol=1e-5)
 
 
 def _improvement(logp_V, q_V, logp_ref_V, forward):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 
 from rlhfjax.environments.environment import Environment
 from rlhfjax.environments.text import (
@@ -58,19 +59,26 @@ def echo_world(**changes) -> TextWorld:
 
 def rows_of_a_loop(world, player, key, count: int) -> list[tuple[list[Turn], bool, float, bool]]:
     """The games one by one, in Python, from the protocol alone: turns, truncated, score, won."""
-    games = []
-    for game in range(count):
+    games, params = [], world.env.params
+
+    @jax.jit
+    def opened(key, game):
         mine = jax.random.fold_in(key, game)
-        seen, state = world.env.reset(jax.random.fold_in(mine, 0), world.env.params)
+        return world.env.reset(jax.random.fold_in(mine, 0), params)
+
+    @jax.jit
+    def played(key, game, number, state):
+        key_player, key_step = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, game), number))
+        said = player(key_player, state)
+        return said, world.env.step(key_step, state, said, params)
+
+    for game in range(count):
+        seen, state = opened(key, game)
         turns = [Turn(np.asarray(seen.token_L)[: int(seen.length)].tolist(), False)]
         score, over, number = 0.0, False, 0
         while not over:
             number += 1
-            key_player, key_step = jax.random.split(jax.random.fold_in(mine, number))
-            said = player(key_player, state)
-            seen, state, reward, terminated, truncated, info = world.env.step(
-                key_step, state, said, world.env.params
-            )
+            said, (seen, state, reward, terminated, truncated, info) = played(key, game, number, state)
             turns.append(Turn(np.asarray(said.token_L)[: int(said.length)].tolist(), True, float(reward)))
             turns.append(Turn(np.asarray(seen.token_L)[: int(seen.length)].tolist(), False))
             score, over = score + float(reward), bool(terminated) or bool(truncated)
@@ -244,14 +252,16 @@ def test_games_equal_a_loop_in_python_and_the_rows_of_turn_episodes():
     np.testing.assert_array_equal(games.score_B, score)
     np.testing.assert_array_equal(games.success_B, won)
     np.testing.assert_array_equal(games.turns_B, [sum(turn.agent for turn in game) for game in turns])
-    fewer = converse(world, speaker, KEY, 3)  # a game does not know how many others there are
-    jax.tree.map(lambda few, all_: np.testing.assert_array_equal(few, all_[:3]), fewer, games)
+    # A game does not know how many others there are.
+    fewer = compiled(lambda key: converse(world, speaker, key, 3), KEY)
+    jax.tree.map(lambda few, all_: np.testing.assert_array_equal(few, np.asarray(all_)[:3]), fewer, games)
 
 
 def test_a_player_that_says_nothing():
     """No token, no place for a reward in the row: it counts in the score."""
     world = echo_world()
-    games = converse(world, lambda key, state: utterance([], 3, 0), KEY, 2)
+    silent = lambda key, state: utterance([], 3, 0)  # noqa: E731
+    games = jax.tree.map(np.asarray, compiled(lambda key: converse(world, silent, key, 2), KEY))
     assert games.mask_BN.sum(axis=1).tolist() == [2, 2] and not games.agent_BT.any()
     assert games.truncated_B.all() and games.turns_B.tolist() == [3, 3]
 
@@ -260,11 +270,10 @@ def test_rewards_are_parameters():
     world = maze_world(turns=4)
     lost = lambda key, state: utterance([], 3, 0)  # noqa: E731
     params = world.env.params
-    costs = jnp.array([-4.0, -0.5])
-    scores = jax.vmap(
-        lambda cost: converse(world, lost, KEY, 1, params._replace(misunderstood=cost)).score_B
-    )(costs)
-    np.testing.assert_array_equal(scores[:, 0], [-16.0, -2.0])
+    costs = np.asarray([-4.0, -0.5], np.float32)
+    score = lambda cost: converse(world, lost, KEY, 1, params._replace(misunderstood=cost)).score_B  # noqa: E731
+    scores = compiled(jax.vmap(score), costs)
+    np.testing.assert_array_equal(np.asarray(scores)[:, 0], [-16.0, -2.0])
 
 
 def test_bad_calls_of_converse():
@@ -278,8 +287,8 @@ def test_a_game_for_people():
     world = echo_world()
     told = jnp.array([[6, 5, 6], [2, 1, 0]], jnp.int32)
     player = lambda key, state: say(Utterance(told, jnp.array([0, 2], jnp.int32)), 1 * (state[1] > 0))  # noqa: E731
-    games = converse(world, player, KEY, 1)
-    first = decode(world, np.asarray(games.token_BN[0, :2]).tolist())
+    games = compiled(lambda key: converse(world, player, key, 1), KEY)
+    first = decode(world, np.asarray(games.token_BN)[0, :2].tolist())
     assert render(world, games).split("\n") == [
         first,
         "> go.",

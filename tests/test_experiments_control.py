@@ -53,7 +53,12 @@ def stages(folder: Path) -> list[str]:
     return list(dict.fromkeys(line["stage"] for line in read_lines(folder / "metrics.jsonl")))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+QUICK = ("cartpole", "frozen_lake")  # one of networks, one of tables
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+)
 def test_a_run_leaves_everything_behind(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "run"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 
 from rlhfjax.config import Decoder
 from rlhfjax.generation import Generation, Sampling, filter_logits, generate, sample_keys, sample_token
@@ -16,9 +17,9 @@ CONFIG = Decoder(
 )
 STOP = (2, 5)
 LM = decoder(CONFIG)
-PARAMS = jax.tree.map(lambda x: x * 1.5, jax.jit(LM.init)(jax.random.key(0)))
+PARAMS = compiled(lambda key: jax.tree.map(lambda x: x * 1.5, LM.init(key)), jax.random.key(0))
 # Sharper logits, so that completions stop at different lengths.
-PARAMS = PARAMS | {"embedding": PARAMS["embedding"] * 20}
+PARAMS = PARAMS | {"embedding": jnp.asarray(np.asarray(PARAMS["embedding"]) * 20)}
 PROMPT = jnp.asarray([[0, 0, 3, 4], [5, 6, 7, 8], [0, 9, 9, 1]], jnp.int32)
 MASK = jnp.asarray([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]], bool)
 
@@ -32,8 +33,24 @@ def default(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> Sampling:
     return Sampling(jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
 
 
-def keys(samples=4):
-    return sample_keys(jax.random.key(3), jnp.arange(3), samples)
+def keys(samples=4, seed=3):
+    return compiled(lambda key: sample_keys(key, jnp.arange(3), samples), jax.random.key(seed))
+
+
+@jax.jit
+def forward_logits(branches):
+    """Logits before every token of the completions, from one pass."""
+    return LM.logits(PARAMS, branch_hidden(LM, PARAMS, branches)[0])
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def random_logits(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def numpy_filter(logits, top_k, top_p, min_p):
@@ -53,7 +70,7 @@ def numpy_filter(logits, top_k, top_p, min_p):
     ("top_k", "top_p", "min_p"), [(0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.2), (9, 0.6, 0.1)]
 )
 def test_filters_keep_what_sorting_keeps(top_k, top_p, min_p):
-    logits = jax.random.normal(jax.random.key(7), (6, 70)) * 2
+    logits = random_logits(7, 6, 70) * 2
     out = np.asarray(jax.jit(filter_logits)(logits, top_k, top_p, min_p))
     for row, kept in zip(np.asarray(logits, np.float64), out, strict=True):
         assert set(np.flatnonzero(np.isfinite(kept))) == numpy_filter(row, top_k, top_p, min_p)
@@ -62,18 +79,18 @@ def test_filters_keep_what_sorting_keeps(top_k, top_p, min_p):
 
 
 def test_filters_may_differ_by_row():
-    logits = jax.random.normal(jax.random.key(8), (3, 70))
-    out = filter_logits(logits, jnp.asarray([0, 1, 4]), jnp.ones(3), jnp.zeros(3))
+    logits, ones = random_logits(8, 3, 70), np.ones(3, np.float32)
+    out = compiled(filter_logits, logits, np.asarray([0, 1, 4]), ones, 0 * ones)
     assert np.isfinite(out).sum(axis=1).tolist() == [70, 1, 4]
 
 
 @pytest.mark.parametrize("size", [3, 64, 70, 130])  # one block of the search, exactly one, several
 def test_tokens_are_drawn_by_inverting_the_distribution(size):
     """At evenly spaced uniforms the counts equal the probabilities to one part in N."""
-    logits = jax.random.normal(jax.random.key(9), (size,)) * 1.5
+    logits = random_logits(9, size) * np.float32(1.5)
     n = 20_000
-    uniform = (jnp.arange(n) + 0.5) / n
-    token, logp, _ = jax.jit(sample_token)(jnp.tile(logits[None], (n, 1)), uniform, default(0.8))
+    uniform = ((np.arange(n) + 0.5) / n).astype(np.float32)
+    token, logp, _ = jax.jit(sample_token)(np.tile(logits[None], (n, 1)), uniform, default(0.8))
     p = np.exp(np.asarray(logits, np.float64) / 0.8)
     p /= p.sum()
     np.testing.assert_allclose(np.bincount(token, minlength=size) / n, p, atol=2.5 / n)
@@ -82,25 +99,28 @@ def test_tokens_are_drawn_by_inverting_the_distribution(size):
 
 @pytest.mark.parametrize("size", [50, 200])
 def test_no_token_of_probability_zero_is_drawn(size):
-    logits = jnp.where(jnp.arange(size) % 3 == 0, 0.0, -jnp.inf)
-    uniform = jnp.asarray([0.0, 0.5, 1.0 - 2**-24, 0.999999])
-    token, logp, _ = sample_token(jnp.tile(logits[None], (4, 1)), uniform, default())
-    assert np.all(np.asarray(token) % 3 == 0)
+    logits = np.where(np.arange(size) % 3 == 0, 0.0, -np.inf).astype(np.float32)
+    uniform = np.asarray([0.0, 0.5, 1.0 - 2**-24, 0.999999], np.float32)
+    token, logp, _ = compiled(sample_token, np.tile(logits[None], (4, 1)), uniform, default())
+    token = np.asarray(token)
+    assert np.all(token % 3 == 0)
     np.testing.assert_allclose(logp, -np.log(-(-size // 3)), atol=1e-5)
     assert token[0] == 0 and token[2] == (size - 1) // 3 * 3
 
 
 def test_temperature_zero_is_greedy_and_rows_may_differ():
-    logits = jax.random.normal(jax.random.key(1), (2, 70))
+    logits = random_logits(1, 2, 70)
     sampling = default()._replace(temperature=jnp.asarray([0.0, 1.0]))
-    token, logp, _ = sample_token(logits, jnp.asarray([0.99, 0.0]), sampling)
-    assert token[0] == jnp.argmax(logits[0]) and logp[0] == 0.0
+    drawn = compiled(sample_token, logits, np.asarray([0.99, 0.0], np.float32), sampling)
+    token, logp = map(np.asarray, drawn[:2])
+    assert token[0] == np.argmax(logits[0]) and logp[0] == 0.0
     assert token[1] == 0 and logp[1] < 0
 
 
 def test_sampled_filters_give_renormalised_logp():
-    logits = jax.random.normal(jax.random.key(2), (1, 70))
-    token, logp, _ = sample_token(logits, jnp.asarray([0.3]), default(top_k=3))
+    logits = random_logits(2, 1, 70)
+    drawn = compiled(sample_token, logits, np.asarray([0.3], np.float32), default(top_k=3))
+    token, logp = map(np.asarray, drawn[:2])
     top = np.sort(np.asarray(logits[0], np.float64))[-3:]
     expected = float(logits[0, token[0]]) - np.log(np.exp(top).sum())
     np.testing.assert_allclose(logp[0], expected, atol=1e-5)
@@ -108,11 +128,10 @@ def test_sampled_filters_give_renormalised_logp():
 
 def test_logp_kept_while_decoding_equals_the_training_forward():
     out = run(PROMPT, MASK, keys(), default())
-    before, _ = branch_hidden(LM, PARAMS, Branches(PROMPT, MASK, out.token_BGC, out.mask_BGC))
-    logp = jax.nn.log_softmax(LM.logits(PARAMS, before))
-    logp = jnp.take_along_axis(logp, out.token_BGC[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(out.logp_BGC, jnp.where(out.mask_BGC, logp, 0.0), atol=1e-4)
-    lengths = np.asarray(out.mask_BGC.sum(-1))
+    logp = log_softmax(forward_logits(Branches(PROMPT, MASK, out.token_BGC, out.mask_BGC)))
+    logp = np.take_along_axis(logp, np.asarray(out.token_BGC)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(out.logp_BGC, np.where(out.mask_BGC, logp, 0.0), atol=1e-4)
+    lengths = np.asarray(out.mask_BGC).sum(-1)
     assert lengths.min() < lengths.max()  # the test would be weak if all ended together
 
 
@@ -132,11 +151,12 @@ def test_completions_stop_at_stop_tokens():
 
 
 def test_a_completion_does_not_depend_on_its_batch():
-    whole = run(PROMPT, MASK, keys(), default())
-    order = jnp.asarray([2, 0, 1])
-    turned = run(PROMPT[order], MASK[order], keys()[order], default())
+    whole = jax.tree.map(np.asarray, run(PROMPT, MASK, keys(), default()))
+    order = np.asarray([2, 0, 1])
+    prompt, mask = np.asarray(PROMPT), np.asarray(MASK)
+    turned = run(prompt[order], mask[order], keys()[order], default())
     np.testing.assert_array_equal(turned.token_BGC, whole.token_BGC[order])
-    alone = run(PROMPT[1:2], MASK[1:2], keys()[1:2, :2], default())
+    alone = jax.tree.map(np.asarray, run(prompt[1:2], mask[1:2], keys()[1:2, :2], default()))
     np.testing.assert_array_equal(alone.token_BGC[0], whole.token_BGC[1, :2])
     np.testing.assert_allclose(alone.logp_BGC[0], whole.logp_BGC[1, :2], atol=1e-5)
 
@@ -144,7 +164,7 @@ def test_a_completion_does_not_depend_on_its_batch():
 def test_samples_differ_and_keys_decide():
     one, again = run(PROMPT, MASK, keys(), default()), run(PROMPT, MASK, keys(), default())
     np.testing.assert_array_equal(one.token_BGC, again.token_BGC)
-    other = sample_keys(jax.random.key(4), jnp.arange(3), 4)
+    other = keys(seed=4)
     assert not np.array_equal(one.token_BGC, run(PROMPT, MASK, other, default()).token_BGC)
     rows = {tuple(row) for row in np.asarray(one.token_BGC).reshape(12, -1).tolist()}
     assert len(rows) > 6
@@ -152,10 +172,9 @@ def test_samples_differ_and_keys_decide():
 
 def test_greedy_equals_argmax_of_the_forward():
     out = run(PROMPT, MASK, keys(1), default(0.0))
-    before, _ = branch_hidden(LM, PARAMS, Branches(PROMPT, MASK, out.token_BGC, out.mask_BGC))
-    best = jnp.argmax(LM.logits(PARAMS, before), axis=-1)
+    best = np.argmax(forward_logits(Branches(PROMPT, MASK, out.token_BGC, out.mask_BGC)), axis=-1)
     mask = np.asarray(out.mask_BGC)
-    np.testing.assert_array_equal(np.asarray(best)[mask], np.asarray(out.token_BGC)[mask])
+    np.testing.assert_array_equal(best[mask], np.asarray(out.token_BGC)[mask])
 
 
 def test_changing_the_sampling_compiles_nothing():
@@ -187,7 +206,7 @@ def test_a_cache_that_grows_gives_what_a_whole_one_gives(monkeypatch, samples):
     for name in ("token_BGC", "mask_BGC", "finished_BG"):
         np.testing.assert_array_equal(getattr(grown, name), getattr(whole, name))
     np.testing.assert_allclose(grown.logp_BGC, whole.logp_BGC, atol=1e-5)
-    assert np.asarray(whole.mask_BGC.sum(-1)).max() == 8
+    assert np.asarray(whole.mask_BGC).sum(-1).max() == 8
 
 
 def test_stop_tokens_may_differ_by_row_and_be_arrays():
@@ -195,7 +214,8 @@ def test_stop_tokens_may_differ_by_row_and_be_arrays():
     out = jax.jit(
         lambda stops: generate(LM, PARAMS, PROMPT, MASK, keys(), max_new_tokens=8, stop_tokens=stops)
     )(stops)
-    usual = run(PROMPT, MASK, keys(), default())
+    out = jax.tree.map(np.asarray, out)
+    usual = jax.tree.map(np.asarray, run(PROMPT, MASK, keys(), default()))
     np.testing.assert_array_equal(out.token_BGC[0], usual.token_BGC[0])
     assert not out.finished_BG[1].any() and out.mask_BGC[1].all()
     ends = np.asarray(out.token_BGC[2])[np.asarray(out.mask_BGC[2])]
@@ -208,9 +228,8 @@ def test_the_repetition_penalty_reaches_prompt_and_completion():
     out = jax.jit(
         lambda s: generate(LM, PARAMS, PROMPT, MASK, keys(1), max_new_tokens=8, stop_tokens=STOP, sampling=s)
     )(sampling)
+    prompt, mask = np.asarray(PROMPT), np.asarray(MASK)
     for b in range(3):
-        drawn = np.asarray(out.token_BGC[b, 0]).tolist()
-        assert len(set(drawn)) == 8 and not set(drawn) & set(
-            np.asarray(PROMPT[b])[np.asarray(MASK[b])].tolist()
-        )
+        drawn = np.asarray(out.token_BGC)[b, 0].tolist()
+        assert len(set(drawn)) == 8 and not set(drawn) & set(prompt[b][mask[b]].tolist())
         assert not set(drawn) & set(STOP)

@@ -2,11 +2,13 @@
 
 import functools
 import importlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 from jax.sharding import Mesh, PartitionSpec
 
 from rlhfjax.config import Decoder
@@ -18,24 +20,28 @@ CONFIG = Decoder(
 )
 STOP = (2, 5)
 LM = decoder(CONFIG)
-PARAMS = jax.tree.map(lambda x: x * 1.5, jax.jit(LM.init)(jax.random.key(0)))
-PARAMS = PARAMS | {"embedding": PARAMS["embedding"] * 20}  # sharp, so that completions differ in length
+PARAMS = compiled(lambda key: jax.tree.map(lambda x: x * 1.5, LM.init(key)), jax.random.key(0))
+PARAMS = PARAMS | {
+    "embedding": jnp.asarray(np.asarray(PARAMS["embedding"]) * 20)
+}  # sharp, so that completions differ in length
 PROMPTS, SAMPLES, LENGTH, NEW = 6, 2, 4, 7
 TOTAL = PROMPTS * SAMPLES
 REAL = np.asarray([4, 1, 3, 4, 2, 1])  # tokens of each prompt
 MASK = jnp.asarray(np.arange(LENGTH) >= LENGTH - REAL[:, None])
-PROMPT = jax.random.randint(jax.random.key(1), (PROMPTS, LENGTH), 0, 70)
-KEYS = sample_keys(jax.random.key(3), jnp.arange(PROMPTS), SAMPLES)
-EVERY = Sampling(
-    temperature=jnp.linspace(0.0, 1.5, TOTAL),
-    top_k=jnp.arange(TOTAL) * 5,
-    top_p=jnp.linspace(0.5, 1.0, TOTAL),
-    min_p=jnp.float32(0.01),
-    repetition_penalty=jnp.linspace(0.8, 2.0, TOTAL),
-    banned_tokens=jnp.arange(2 * TOTAL).reshape(TOTAL, 2) - 1,
-    min_new_tokens=jnp.arange(TOTAL) % 4,
-    forced_tokens=jnp.where(jnp.arange(TOTAL)[:, None] % 5 == jnp.arange(3)[None], 9, -1),
-)
+PROMPT = jnp.asarray(np.random.default_rng(1).integers(70, size=(PROMPTS, LENGTH)), jnp.int32)
+KEYS = compiled(lambda key: sample_keys(key, jnp.arange(PROMPTS), SAMPLES), jax.random.key(3))
+PLACE = np.arange(TOTAL)
+SETTINGS: dict[str, Any] = {
+    "temperature": np.linspace(0.0, 1.5, TOTAL, dtype=np.float32),
+    "top_k": PLACE * 5,
+    "top_p": np.linspace(0.5, 1.0, TOTAL, dtype=np.float32),
+    "min_p": np.float32(0.01),
+    "repetition_penalty": np.linspace(0.8, 2.0, TOTAL, dtype=np.float32),
+    "banned_tokens": np.arange(2 * TOTAL).reshape(TOTAL, 2) - 1,
+    "min_new_tokens": PLACE % 4,
+    "forced_tokens": np.where(PLACE[:, None] % 5 == np.arange(3)[None], 9, -1),
+}
+EVERY = Sampling(**{name: jnp.asarray(x) for name, x in SETTINGS.items()})
 
 
 @functools.cache
@@ -78,8 +84,8 @@ def assert_same(given: Generation, expected: Generation):
 @pytest.mark.parametrize(("slots", "chunk"), [(1, 1), (5, 4), (TOTAL, None)])
 def test_it_equals_generating_each_prompt_alone(slots, chunk):
     """One slot, a number that divides nothing, all at once."""
-    lengths = np.asarray(whole().mask_BGC.sum(-1))
-    assert len(set(lengths.ravel())) > 2 and whole().finished_BG.any() and not whole().finished_BG.all()
+    lengths, finished = np.asarray(whole().mask_BGC).sum(-1), np.asarray(whole().finished_BG)
+    assert len(set(lengths.ravel())) > 2 and finished.any() and not finished.all()
     assert_same(refilled(slots, chunk)(PROMPT, MASK, KEYS), whole())
 
 
@@ -91,7 +97,7 @@ def test_halving_the_slots_loses_nothing(monkeypatch):
     forced = Sampling(banned_tokens=jnp.asarray(STOP), forced_tokens=jnp.asarray(np.where(last, STOP[0], -1)))
     settings = {"max_new_tokens": NEW, "stop_tokens": STOP, "sampling": forced}
     expected = jax.jit(lambda: generate(LM, PARAMS, PROMPT, MASK, KEYS, **settings))()
-    np.testing.assert_array_equal(expected.mask_BGC.sum(-1).ravel(), length)
+    np.testing.assert_array_equal(np.asarray(expected.mask_BGC).sum(-1).ravel(), length)
     run = jax.jit(lambda: generate_refilled(LM, PARAMS, PROMPT, MASK, KEYS, slots=TOTAL, **settings))
     assert_same(run(), expected)
 
@@ -102,30 +108,31 @@ def test_every_setting_may_differ_by_completion():
 
 
 def test_the_order_of_the_prompts_does_not_matter():
-    order = jnp.asarray([3, 5, 0, 4, 1, 2])
-    turned = refilled(5, 4)(PROMPT[order], MASK[order], KEYS[order])
-    assert_same(turned, Generation(*(x[order] for x in whole())))
+    order = np.asarray([3, 5, 0, 4, 1, 2])
+    turned = refilled(5, 4)(np.asarray(PROMPT)[order], np.asarray(MASK)[order], KEYS[order])
+    assert_same(turned, jax.tree.map(lambda x: np.asarray(x)[order], whole()))
 
 
 def test_changing_settings_and_prompts_compiles_nothing():
     run = refilled(3, 2, sampled=True)
     run(PROMPT, MASK, KEYS, EVERY)
     compiled = run._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
-    other = EVERY._replace(temperature=EVERY.temperature + 0.5, repetition_penalty=jnp.ones(TOTAL))
-    changed = run(PROMPT[::-1], MASK[::-1], KEYS, other)
+    warmer = jnp.asarray(np.asarray(EVERY.temperature) + np.float32(0.5))
+    other = EVERY._replace(temperature=warmer, repetition_penalty=jnp.asarray(np.ones(TOTAL, np.float32)))
+    changed = run(jnp.asarray(np.asarray(PROMPT)[::-1]), jnp.asarray(np.asarray(MASK)[::-1]), KEYS, other)
     assert run._cache_size() == compiled  # pyright: ignore[reportAttributeAccessIssue]
     assert not np.array_equal(changed.token_BGC, whole("every").token_BGC)
 
 
 def test_prompts_of_one_token_and_completions_of_one_token():
-    one = jnp.ones((PROMPTS, 1), bool)
+    prompt, one = np.asarray(PROMPT)[:, -1:], np.ones((PROMPTS, 1), bool)
     settings = {"max_new_tokens": 1, "stop_tokens": STOP}
-    given = generate_refilled(LM, PARAMS, PROMPT[:, -1:], one, KEYS, slots=4, **settings)
-    assert_same(given, generate(LM, PARAMS, PROMPT[:, -1:], one, KEYS, **settings))
+    given = compiled(functools.partial(generate_refilled, LM), PARAMS, prompt, one, KEYS, slots=4, **settings)
+    assert_same(given, compiled(functools.partial(generate, LM), PARAMS, prompt, one, KEYS, **settings))
 
 
 def test_a_guided_model_is_refilled_like_any_other():
-    guide = {"q": init_q_heads(jax.random.key(5), 16, 70)}
+    guide = {"q": compiled(lambda key: init_q_heads(key, 16, 70), jax.random.key(5))}
     params = {"base": PARAMS, "guide": guide, "beta": jnp.float32(1.0)}
     settings = {"max_new_tokens": 4, "stop_tokens": STOP}
     run = jax.jit(lambda: generate_refilled(guided(LM), params, PROMPT, MASK, KEYS, slots=4, **settings))

@@ -47,22 +47,23 @@ def stages(folder: Path) -> list[str]:
     ("method", "flags", "logged"),
     [
         ("grpo", (), "group/equal_rewards"),
-        ("grpo", ("--grpo.algorithm.baseline", "given"), "objective/kl"),
-        (
+        pytest.param("grpo", ("--grpo.algorithm.baseline", "given"), "objective/kl", marks=pytest.mark.slow),
+        pytest.param(
             "grpo",
             ("--grpo.algorithm.kl-placement", "loss", "--grpo.algorithm.kl-estimator", "exact"),
             "loss/kl",
+            marks=pytest.mark.slow,
         ),
         (
             "ppo",
             ("--ppo.algorithm.kl-estimator", "exact", "--ppo.algorithm.critic-warmup", "1"),
             "value/mean",
         ),
-        ("rloo", (), "policy/ratio_mean"),
+        pytest.param("rloo", (), "policy/ratio_mean", marks=pytest.mark.slow),
         ("dpo", ("--dpo.algorithm.weighting", "aligned"), "pair/weight"),
-        ("online_dpo", (), "pair/accuracy"),
-        ("raft", (), "loss/nll"),
-        ("soft_q", ("--soft-q.algorithm.beta", "0.1"), "path/error"),
+        pytest.param("online_dpo", (), "pair/accuracy", marks=pytest.mark.slow),
+        pytest.param("raft", (), "loss/nll", marks=pytest.mark.slow),
+        pytest.param("soft_q", ("--soft-q.algorithm.beta", "0.1"), "path/error", marks=pytest.mark.slow),
         ("ilql", ("--ilql.algorithm.expectile", "0.8"), "value/advantage"),
     ],
 )

@@ -1,6 +1,7 @@
 """The decoder against independent NumPy code, and the invariances its mask and cache must have."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +35,46 @@ GPT2 = dataclasses.replace(
 )
 
 
+@functools.cache
 def randomised(config: Decoder, seed: int = 0):
     """A model whose every parameter, norms and biases too, differs from its initial value."""
     lm = decoder(config)
-    params = jax.jit(lm.init)(jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    leaves = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return lm, jax.tree.unflatten(tree, leaves)
+    generator = np.random.default_rng(seed)
+
+    def moved(x):
+        return jnp.asarray(np.asarray(x) + 0.2 * generator.normal(size=x.shape).astype(np.float32))
+
+    return lm, jax.tree.map(moved, jax.jit(lm.init)(jax.random.key(seed)))
+
+
+@functools.cache
+def pass_of(config: Decoder):
+    """Hidden states and logits of packed rows in one pass, compiled."""
+    lm = decoder(config)
+
+    def run(params, token_BT, segment_BT, position_BT):
+        hidden, _ = lm.apply(params, token_BT, position_BT=position_BT, mask_BTS=causal_mask(segment_BT))
+        return hidden, lm.logits(params, hidden)
+
+    return jax.jit(run)
+
+
+def one_pass(config: Decoder, params, tokens, segment=None, position=None):
+    """Hidden states and logits, each [T, ...], of one row, by default one sequence."""
+    token = np.asarray([tokens], np.int32)
+    segment = np.ones_like(token) if segment is None else np.asarray([segment], np.int32)
+    position = (
+        np.arange(token.shape[1], dtype=np.int32)[None]
+        if position is None
+        else np.asarray([position], np.int32)
+    )
+    return (np.asarray(x)[0] for x in pass_of(config)(params, token, segment, position))
+
+
+@functools.cache
+def branches_of(config: Decoder):
+    """`branch_hidden`, compiled."""
+    return jax.jit(functools.partial(branch_hidden, decoder(config)))
 
 
 def numpy_decoder(config: Decoder, params, tokens: list[int]) -> np.ndarray:
@@ -104,31 +137,32 @@ def numpy_decoder(config: Decoder, params, tokens: list[int]) -> np.ndarray:
     return np.stack([norm(x, p["final_norm"]) @ table.T for x in stream])
 
 
-def logits_of(lm, params, tokens, segment=None, position=None):
-    token = jnp.asarray([tokens], jnp.int32)
-    segment = jnp.ones_like(token) if segment is None else jnp.asarray([segment], jnp.int32)
-    position = jnp.arange(len(tokens))[None] if position is None else jnp.asarray([position], jnp.int32)
-    hidden, _ = lm.apply(params, token, position_BT=position, mask_BTS=causal_mask(segment))
-    return lm.logits(params, hidden)[0]
+def logits_of(config: Decoder, params, tokens, segment=None, position=None):
+    _, logits = one_pass(config, params, tokens, segment, position)
+    return logits
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_decoder_equals_numpy(config):
-    lm, params = randomised(config)
+    _, params = randomised(config)
     tokens = [3, 1, 4, 1, 5, 9, 2]
     np.testing.assert_allclose(
-        logits_of(lm, params, tokens), numpy_decoder(config, params, tokens), atol=2e-5, rtol=2e-5
+        logits_of(config, params, tokens), numpy_decoder(config, params, tokens), atol=2e-5, rtol=2e-5
     )
 
 
 def test_packed_segments_equal_separate_sequences():
-    lm, params = randomised(LLAMA)
+    _, params = randomised(LLAMA)
     first, second = [3, 1, 4], [1, 5, 9, 2]
     packed = logits_of(
-        lm, params, [*first, *second, 0], segment=[1] * 3 + [2] * 4 + [0], position=[0, 1, 2, 0, 1, 2, 3, 0]
+        LLAMA,
+        params,
+        [*first, *second, 0],
+        segment=[1] * 3 + [2] * 4 + [0],
+        position=[0, 1, 2, 0, 1, 2, 3, 0],
     )
-    np.testing.assert_allclose(packed[:3], logits_of(lm, params, first), atol=1e-5)
-    np.testing.assert_allclose(packed[3:7], logits_of(lm, params, second), atol=1e-5)
+    np.testing.assert_allclose(packed[:3], logits_of(LLAMA, params, first), atol=1e-5)
+    np.testing.assert_allclose(packed[3:7], logits_of(LLAMA, params, second), atol=1e-5)
     assert np.all(np.isfinite(packed))
 
 
@@ -138,32 +172,30 @@ def test_causality_by_gradient():
 
     def at_two(embedding_rows):
         swapped = params | {"embedding": params["embedding"].at[token[0]].set(embedding_rows)}
-        return lm.apply(swapped, token, position_BT=jnp.arange(5)[None], mask_BTS=causal_mask(token * 0 + 1))[
-            0
-        ][0, 2].sum()
+        mask_BTS = causal_mask(jnp.ones(token.shape, jnp.int32))
+        hidden, _ = lm.apply(swapped, token, position_BT=jnp.arange(5)[None], mask_BTS=mask_BTS)
+        return hidden[0, 2].sum()
 
-    gradient = np.abs(jax.grad(at_two)(params["embedding"][token[0]])).sum(axis=1)
+    gradient = jax.jit(jax.grad(at_two))(np.asarray(params["embedding"])[np.asarray(token)[0]])
+    gradient = np.abs(gradient).sum(axis=1)
     assert gradient[2] > 0 and gradient[0] > 0
     assert gradient[4] == 0  # token 5 stands only after position 2
 
 
 def test_cached_steps_equal_one_pass():
     lm, params = randomised(LLAMA)
-    tokens = jnp.asarray([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]], jnp.int32)
-    whole, _ = lm.apply(
-        params,
-        tokens,
-        position_BT=jnp.tile(jnp.arange(6), (2, 1)),
-        mask_BTS=causal_mask(jnp.ones_like(tokens)),
-    )
+    tokens = np.asarray([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]], np.int32)
+    whole = [one_pass(LLAMA, params, row) for row in tokens]
+    whole = np.stack([hidden for hidden, _ in whole])
+    step = jax.jit(lm.apply)
     cache = lm.init_cache(2, 8)
     for start, end in ((0, 3), (3, 4), (4, 6)):
-        visible = jnp.arange(8)[None, :] <= jnp.arange(start, end)[:, None]
-        hidden, cache = lm.apply(
+        visible = np.arange(8)[None, :] <= np.arange(start, end)[:, None]
+        hidden, cache = step(
             params,
             tokens[:, start:end],
-            position_BT=jnp.tile(jnp.arange(start, end), (2, 1)),
-            mask_BTS=jnp.tile(visible[None], (2, 1, 1)),
+            position_BT=np.tile(np.arange(start, end, dtype=np.int32), (2, 1)),
+            mask_BTS=np.tile(visible[None], (2, 1, 1)),
             cache=cache,
             slot=start,
         )
@@ -179,34 +211,31 @@ def make_branches() -> Branches:
 
 
 def test_branches_equal_each_completion_alone():
-    lm, params = randomised(LLAMA)
+    _, params = randomised(LLAMA)
     branches = make_branches()
-    before, after = branch_hidden(lm, params, branches)
+    before, after = map(np.asarray, branches_of(LLAMA)(params, branches))
     for b, prompt in enumerate([[3, 4], [5, 6, 7, 8]]):
         for g in range(2):
-            length = int(branches.completion_mask_BGC[b, g].sum())
-            tokens = [*prompt, *np.asarray(branches.completion_BGC[b, g, :length]).tolist()]
-            token = jnp.asarray([tokens], jnp.int32)
-            alone, _ = lm.apply(
-                params, token, position_BT=jnp.arange(len(tokens))[None], mask_BTS=causal_mask(token * 0 + 1)
-            )
+            length = np.asarray(branches.completion_mask_BGC)[b, g].sum()
+            tokens = [*prompt, *np.asarray(branches.completion_BGC)[b, g, :length].tolist()]
+            alone, _ = one_pass(LLAMA, params, tokens)
             start = len(prompt)
-            np.testing.assert_allclose(after[b, g, :length], alone[0, start:], atol=1e-5)
-            np.testing.assert_allclose(before[b, g, :length], alone[0, start - 1 : -1], atol=1e-5)
+            np.testing.assert_allclose(after[b, g, :length], alone[start:], atol=1e-5)
+            np.testing.assert_allclose(before[b, g, :length], alone[start - 1 : -1], atol=1e-5)
 
 
 def test_branches_do_not_depend_on_padding():
-    lm, params = randomised(LLAMA)
+    _, params = randomised(LLAMA)
     branches = make_branches()
-    wider = Branches(
-        *(jnp.pad(x, ((0, 0), (2, 0))) for x in branches[:2]),
-        *(jnp.pad(x, ((0, 0), (0, 0), (0, 2))) for x in branches[2:]),
-    )
-    wider = wider._replace(completion_BGC=jnp.where(wider.completion_mask_BGC, wider.completion_BGC, 10))
-    before, _ = branch_hidden(lm, params, branches)
-    before_wide, _ = branch_hidden(lm, params, wider)
-    mask = np.asarray(branches.completion_mask_BGC)
-    np.testing.assert_allclose(np.asarray(before)[mask], np.asarray(before_wide[:, :, :3])[mask], atol=1e-5)
+    arrays = [np.asarray(x) for x in branches]
+    prompt, prompt_mask = (np.pad(x, ((0, 0), (2, 0))) for x in arrays[:2])
+    completion, mask = (np.pad(x, ((0, 0), (0, 0), (0, 2))) for x in arrays[2:])
+    completion = np.where(mask, completion, 10)
+    wider = Branches(*map(jnp.asarray, (prompt, prompt_mask, completion, mask)))
+    before, _ = branches_of(LLAMA)(params, branches)
+    before_wide, _ = branches_of(LLAMA)(params, wider)
+    mask = arrays[3]
+    np.testing.assert_allclose(np.asarray(before)[mask], np.asarray(before_wide)[:, :, :3][mask], atol=1e-5)
 
 
 def test_remat_gives_the_same_gradient():
@@ -217,19 +246,19 @@ def test_remat_gives_the_same_gradient():
     def total(model, p):
         return jnp.sum(jnp.sin(branch_hidden(model, p, branches)[0]))
 
-    one, two = (jax.grad(lambda p, m=m: total(m, p))(params) for m in (lm, again))
+    one, two = (jax.jit(jax.grad(lambda p, m=m: total(m, p)))(params) for m in (lm, again))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), one, two)
     program = str(jax.make_jaxpr(lambda p: total(again, p))(params))
     assert "remat" in program or "checkpoint" in program  # its name differs between versions of jax
 
 
 def test_scalar_head_starts_as_the_papers_say():
-    head = init_scalar_head(jax.random.key(0), 4095)
-    assert abs(float(jnp.std(head["kernel"])) - 4096**-0.5) < 0.03 * 4096**-0.5
+    head = jax.jit(init_scalar_head, static_argnums=1)(jax.random.key(0), 4095)
+    assert abs(np.std(head["kernel"]) - 4096**-0.5) < 0.03 * 4096**-0.5
     assert float(head["bias"]) == 0.0
-    hidden = jax.random.normal(jax.random.key(1), (2, 3, 4095))
+    hidden = np.random.default_rng(1).normal(size=(2, 3, 4095)).astype(np.float32)
     np.testing.assert_allclose(
-        scalar_head(head | {"bias": jnp.float32(2.0)}, hidden),
+        jax.jit(scalar_head)(head | {"bias": jnp.float32(2.0)}, hidden),
         np.asarray(hidden, np.float64) @ np.asarray(head["kernel"], np.float64) + 2.0,
         atol=1e-4,
     )
@@ -251,8 +280,9 @@ def test_contradictory_decoders_are_refused(change, message):
 
 def test_wrong_ranks_and_types_are_refused():
     lm, params = randomised(LLAMA)
-    token = jnp.ones((1, 3), jnp.int32)
+    token = jnp.asarray(np.ones((1, 3), np.int32))
+    mask_BTS = jnp.asarray(np.ones((1, 3, 3), bool))
     with pytest.raises(AssertionError):
-        lm.apply(params, token[0], position_BT=token, mask_BTS=causal_mask(token))
+        lm.apply(params, jnp.asarray(np.ones(3, np.int32)), position_BT=token, mask_BTS=mask_BTS)
     with pytest.raises(AssertionError):
-        lm.apply(params, token.astype(jnp.float32), position_BT=token, mask_BTS=causal_mask(token))
+        lm.apply(params, token.astype(jnp.float32), position_BT=token, mask_BTS=mask_BTS)

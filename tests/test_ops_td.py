@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import rlax
+from compiling import compiled
 from precision import float64
 
 from rlhfjax import ops
@@ -73,8 +74,8 @@ def test_td_target_and_error():
         (VALUE, REWARD, NEXT_VALUE),
     )
     assert_exact(
-        ops.td_error(VALUE, REWARD, NEXT_VALUE, **SETTING),
-        jax.vmap(rlax.td_learning)(VALUE, REWARD, ALIVE, NEXT_VALUE),
+        compiled(ops.td_error, VALUE, REWARD, NEXT_VALUE, **SETTING),
+        jax.jit(jax.vmap(rlax.td_learning))(VALUE, REWARD, ALIVE, NEXT_VALUE),
     )
 
 
@@ -87,8 +88,8 @@ def test_q_learning():
     assert_value_and_slope(
         op, lambda r, q: each(lambda n, r, q: backed_up(n, r, max(q)), r, q), (REWARD, NEXT_Q)
     )
-    expected = jax.vmap(rlax.q_learning)(Q, ACTION, REWARD, ALIVE, NEXT_Q)
-    assert_exact(op(REWARD, NEXT_Q) - taken(Q, ACTION), expected)
+    expected = jax.jit(jax.vmap(rlax.q_learning))(Q, ACTION, REWARD, ALIVE, NEXT_Q)
+    assert_exact(compiled(op, REWARD, NEXT_Q) - taken(Q, ACTION), expected)
 
 
 def test_double_q_learning():
@@ -97,8 +98,8 @@ def test_double_q_learning():
 
     op = partial(ops.double_q_target, **SETTING)
     assert_value_and_slope(op, oracle, (REWARD, NEXT_Q, SELECTOR))
-    expected = jax.vmap(rlax.double_q_learning)(Q, ACTION, REWARD, ALIVE, NEXT_Q, SELECTOR)
-    assert_exact(op(REWARD, NEXT_Q, SELECTOR) - taken(Q, ACTION), expected)
+    expected = jax.jit(jax.vmap(rlax.double_q_learning))(Q, ACTION, REWARD, ALIVE, NEXT_Q, SELECTOR)
+    assert_exact(compiled(op, REWARD, NEXT_Q, SELECTOR) - taken(Q, ACTION), expected)
 
 
 def test_sarsa():
@@ -109,8 +110,8 @@ def test_sarsa():
         return ops.sarsa_target(reward, q, NEXT_ACTION, **SETTING)
 
     assert_value_and_slope(op, oracle, (REWARD, NEXT_Q))
-    expected = jax.vmap(rlax.sarsa)(Q, ACTION, REWARD, ALIVE, NEXT_Q, NEXT_ACTION)
-    assert_exact(op(REWARD, NEXT_Q) - taken(Q, ACTION), expected)
+    expected = jax.jit(jax.vmap(rlax.sarsa))(Q, ACTION, REWARD, ALIVE, NEXT_Q, NEXT_ACTION)
+    assert_exact(compiled(op, REWARD, NEXT_Q) - taken(Q, ACTION), expected)
 
 
 def test_expected_sarsa():
@@ -119,11 +120,13 @@ def test_expected_sarsa():
 
     op = partial(ops.expected_sarsa_target, **SETTING)
     assert_value_and_slope(op, oracle, (REWARD, NEXT_Q, PROBABILITY))
-    expected = jax.vmap(rlax.expected_sarsa)(Q, ACTION, REWARD, ALIVE, NEXT_Q, PROBABILITY)
-    assert_exact(op(REWARD, NEXT_Q, PROBABILITY) - taken(Q, ACTION), expected)
+    expected = jax.jit(jax.vmap(rlax.expected_sarsa))(Q, ACTION, REWARD, ALIVE, NEXT_Q, PROBABILITY)
+    assert_exact(compiled(op, REWARD, NEXT_Q, PROBABILITY) - taken(Q, ACTION), expected)
     # The greedy policy makes Q-learning of it, a one-hot one SARSA.
     greedy = np.eye(A)[NEXT_Q.argmax(axis=1)]
-    assert_exact(op(REWARD, NEXT_Q, greedy), ops.q_learning_target(REWARD, NEXT_Q, **SETTING))
+    assert_exact(
+        compiled(op, REWARD, NEXT_Q, greedy), compiled(ops.q_learning_target, REWARD, NEXT_Q, **SETTING)
+    )
 
 
 TARGETS = {
@@ -151,20 +154,20 @@ def test_an_action_that_is_not_available():
     q[:, 1] = -np.inf
     without = np.delete(q, 1, axis=1)
     probability = np.insert(PROBABILITY[:, 1:] / PROBABILITY[:, 1:].sum(1, keepdims=True), 1, 0.0, axis=1)
-    assert_exact(
-        ops.q_learning_target(REWARD, q, **SETTING), ops.q_learning_target(REWARD, without, **SETTING)
+    pairs = (
+        (ops.q_learning_target, (q,), (without,)),
+        (ops.expected_sarsa_target, (q, probability), (without, np.delete(probability, 1, axis=1))),
     )
-    assert_exact(
-        ops.expected_sarsa_target(REWARD, q, probability, **SETTING),
-        ops.expected_sarsa_target(REWARD, without, np.delete(probability, 1, axis=1), **SETTING),
-    )
+    for op, arrays, fewer in pairs:
+        assert_exact(compiled(op, REWARD, *arrays, **SETTING), compiled(op, REWARD, *fewer, **SETTING))
     for op in (
         lambda q: ops.soft_value(q, temperature=TEMPERATURE),
         lambda q: ops.cql_penalty(q, 0 * ACTION),
     ):
-        assert_exact(op(q), op(without))
-        gradient = jax.grad(lambda q, op=op: op(q).sum())(q)
-        assert_exact(np.delete(gradient, 1, axis=1), jax.grad(lambda q, op=op: op(q).sum())(without))
+        assert_exact(compiled(op, q), compiled(op, without))
+        slope = jax.jit(jax.grad(lambda q, op=op: op(q).sum()))
+        gradient = slope(q)
+        assert_exact(np.delete(gradient, 1, axis=1), slope(without))
         assert not np.asarray(gradient)[:, 1].any()
 
 
@@ -194,12 +197,12 @@ def test_soft_value_and_policy():
         (Q, LOGP_REF),
     )
     # It is the largest penalised value of any policy, and that policy reaches it.
-    best = np.exp(ops.soft_log_policy(Q, logp_ref=LOGP_REF, **setting))
+    best = np.exp(compiled(ops.soft_log_policy, Q, logp_ref=LOGP_REF, **setting))
     for policy in (best, PROBABILITY):
         penalised = (policy * (Q - TEMPERATURE * (np.log(policy) - LOGP_REF))).sum(1)
-        gap = np.asarray(ops.soft_value(Q, logp_ref=LOGP_REF, **setting)) - penalised
+        gap = np.asarray(compiled(ops.soft_value, Q, logp_ref=LOGP_REF, **setting)) - penalised
         assert np.all(np.abs(gap) < 1e-12) if policy is best else np.all(gap > 1e-3)
-    assert_exact(ops.soft_value(Q, temperature=1e-9), Q.max(1) + 0 * best[:, 0])
+    assert_exact(compiled(ops.soft_value, Q, temperature=1e-9), Q.max(1) + 0 * best[:, 0])
 
 
 def test_munchausen():
@@ -219,8 +222,11 @@ def test_munchausen():
         ),
         REWARD, logp, NEXT_Q, logp_next,
     )  # fmt: skip
-    given = ops.td_target(op(REWARD, logp), ops.soft_value(NEXT_Q, temperature=0.3), **SETTING)
-    assert_exact(given, expected)
+
+    def target(reward, logp, next_q):
+        return ops.td_target(op(reward, logp), ops.soft_value(next_q, temperature=0.3), **SETTING)
+
+    assert_exact(compiled(target, REWARD, logp, NEXT_Q), expected)
 
 
 def test_path_consistency():
@@ -237,9 +243,9 @@ def test_path_consistency():
     assert_value_and_slope(op, oracle, (VALUE, REWARD, NEXT_VALUE, LOG_RATIO))
     # Where the policy and the value are those of one Q, it is the soft TD error of Q.
     setting = {"temperature": TEMPERATURE, "logp_ref": LOGP_REF}
-    log_ratio = taken(np.asarray(ops.soft_log_policy(Q, **setting)) - LOGP_REF, ACTION)
-    given = op(ops.soft_value(Q, **setting), REWARD, NEXT_VALUE, log_ratio)
-    assert_exact(given, ops.td_error(taken(Q, ACTION), REWARD, NEXT_VALUE, **SETTING))
+    log_ratio = taken(np.asarray(compiled(ops.soft_log_policy, Q, **setting)) - LOGP_REF, ACTION)
+    given = compiled(op, compiled(ops.soft_value, Q, **setting), REWARD, NEXT_VALUE, log_ratio)
+    assert_exact(given, compiled(ops.td_error, taken(Q, ACTION), REWARD, NEXT_VALUE, **SETTING))
 
 
 def test_huber():
@@ -247,8 +253,9 @@ def test_huber():
         return each(lambda n, e: e * e / 2 if abs(e) <= 0.8 else 0.8 * (abs(e) - 0.4), error)
 
     assert_value_and_slope(lambda e: ops.huber_loss(e, threshold=0.8), oracle, (2 * VALUE,))
-    assert_exact(ops.huber_loss(2 * VALUE, threshold=0.8), rlax.huber_loss(2 * VALUE, 0.8))
-    at_zero = jax.grad(lambda e: ops.huber_loss(e))(0.0)
+    expected = compiled(lambda x: rlax.huber_loss(x, 0.8), 2 * VALUE)
+    assert_exact(compiled(ops.huber_loss, 2 * VALUE, threshold=0.8), expected)
+    at_zero = compiled(jax.grad(lambda e: ops.huber_loss(e)), 0.0)
     assert at_zero == 0
 
 
@@ -257,13 +264,14 @@ def test_expectile():
         return each(lambda n, e: abs(0.8 - (e < 0)) * e * e, error)
 
     assert_value_and_slope(lambda e: ops.expectile_loss(e, expectile=0.8), oracle, (VALUE,))
-    assert_exact(ops.expectile_loss(REWARD - VALUE, expectile=0.8), rlax.expectile_loss(VALUE, REWARD, 0.8))
+    expected = compiled(lambda value, reward: rlax.expectile_loss(value, reward, 0.8), VALUE, REWARD)
+    assert_exact(compiled(ops.expectile_loss, REWARD - VALUE, expectile=0.8), expected)
     # The minimiser of the mean is the expectile: tau E[(x - m)+] = (1 - tau) E[(m - x)+].
     m = VALUE.mean()
     for _ in range(200):
         weight = np.where(m < VALUE, 0.8, 0.2)
         m = (weight * VALUE).sum() / weight.sum()
-    slope = jax.grad(lambda m: ops.expectile_loss(VALUE - m, expectile=0.8).sum())(m)
+    slope = compiled(jax.grad(lambda m: ops.expectile_loss(VALUE - m, expectile=0.8).sum()), m)
     np.testing.assert_allclose(slope, 0, atol=1e-10)
 
 
@@ -292,17 +300,16 @@ def test_quantile_regression(threshold, probability):
         return ops.quantile_huber_loss(quantile, target, threshold=threshold, probability=probability)
 
     assert_value_and_slope(op, oracle, (QUANTILE, TARGET))
-    expected = jax.vmap(rlax.quantile_regression_loss, (0, None, 0, None))(
-        QUANTILE, np.array(levels), TARGET, threshold or 0.0
-    )
-    assert_exact(op(QUANTILE, TARGET), expected)
+    loss = partial(rlax.quantile_regression_loss, huber_param=threshold or 0.0)
+    expected = compiled(jax.vmap(loss, (0, None, 0)), QUANTILE, np.array(levels), TARGET)
+    assert_exact(compiled(op, QUANTILE, TARGET), expected)
 
 
 def test_quantile_target():
     next_quantile = RNG.normal(size=(N, A, 5))
     tau = (np.arange(5) + 0.5) / 5
-    given = ops.quantile_target(REWARD, next_quantile, **SETTING)
-    double = ops.quantile_target(REWARD, next_quantile, SELECTOR, **SETTING)
+    given = compiled(ops.quantile_target, REWARD, next_quantile, **SETTING)
+    double = compiled(ops.quantile_target, REWARD, next_quantile, SELECTOR, **SETTING)
     best = next_quantile.mean(-1).argmax(1)
     assert_exact(given, each(lambda n, r, z: backed_up(n, r, z[best[n]]) + 0 * z[0], REWARD, next_quantile))
     chosen = SELECTOR.argmax(1)
@@ -311,10 +318,12 @@ def test_quantile_target():
     )
     quantile = RNG.normal(size=(N, A, 5))
     theirs, theirs_next = quantile.swapaxes(1, 2), next_quantile.swapaxes(1, 2)
-    expected = jax.vmap(rlax.quantile_q_learning, (0, None, 0, 0, 0, 0, 0, None))(
-        theirs, tau, ACTION, REWARD, ALIVE, theirs_next, theirs_next, 1.0
+    loss = partial(rlax.quantile_q_learning, huber_param=1.0)
+    expected = compiled(
+        jax.vmap(loss, (0, None, 0, 0, 0, 0, 0)),
+        *(theirs, tau, ACTION, REWARD, ALIVE, theirs_next, theirs_next),
     )
-    assert_exact(ops.quantile_huber_loss(taken(quantile, ACTION), given), expected)
+    assert_exact(compiled(ops.quantile_huber_loss, taken(quantile, ACTION), given), expected)
 
 
 def test_cql():
@@ -322,11 +331,12 @@ def test_cql():
         return each(lambda n, q: 0.7 * np.log(sum(np.exp(x / 0.7) for x in q)) - q[ACTION[n]], q)
 
     assert_value_and_slope(lambda q: ops.cql_penalty(q, ACTION, temperature=0.7), oracle, (Q,))
-    expected = optax.softmax_cross_entropy_with_integer_labels(Q, ACTION)
-    assert_exact(ops.cql_penalty(Q, ACTION), expected)
-    expected = 0.7 * optax.softmax_cross_entropy_with_integer_labels(Q / 0.7, ACTION)
-    assert_exact(ops.cql_penalty(Q, ACTION, temperature=0.7), expected)
-    assert np.isfinite(ops.cql_penalty(1e6 * Q, ACTION)).all()
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    expected = compiled(cross_entropy, Q, ACTION)
+    assert_exact(compiled(ops.cql_penalty, Q, ACTION), expected)
+    expected = 0.7 * compiled(cross_entropy, Q / 0.7, ACTION)
+    assert_exact(compiled(ops.cql_penalty, Q, ACTION, temperature=0.7), expected)
+    assert np.isfinite(compiled(ops.cql_penalty, 1e6 * Q, ACTION)).all()
 
 
 def test_leading_axes_and_a_traced_discount():
@@ -336,22 +346,30 @@ def test_leading_axes_and_a_traced_discount():
     sweep = jax.jit(
         jax.vmap(lambda d: ops.q_learning_target(REWARD, NEXT_Q, discount=d, terminated=TERMINATED))
     )
-    for discount, given in zip((0.0, 0.9), sweep(jnp.array([0.0, 0.9])), strict=True):
+    for discount, given in zip((0.0, 0.9), np.asarray(sweep(np.array([0.0, 0.9]))), strict=True):
         assert_exact(given, REWARD + discount * ~TERMINATED * NEXT_Q.max(1))
-    per_step = ops.double_q_target(
-        fold(REWARD), fold(NEXT_Q), fold(SELECTOR), discount=fold(ALIVE), terminated=fold(TERMINATED)
+    per_step = compiled(
+        ops.double_q_target,
+        fold(REWARD),
+        fold(NEXT_Q),
+        fold(SELECTOR),
+        discount=fold(ALIVE),
+        terminated=fold(TERMINATED),
     )
-    assert_exact(per_step.reshape(N), ops.double_q_target(REWARD, NEXT_Q, SELECTOR, **SETTING))
-    one = ops.sarsa_target(REWARD[0], NEXT_Q[0], NEXT_ACTION[0], discount=1.0)
+    expected = compiled(ops.double_q_target, REWARD, NEXT_Q, SELECTOR, **SETTING)
+    assert_exact(np.asarray(per_step).reshape(N), expected)
+    one = compiled(ops.sarsa_target, REWARD[0], NEXT_Q[0], NEXT_ACTION[0], discount=1.0)
     assert_exact(one, REWARD[0] + NEXT_Q[0, NEXT_ACTION[0]])
 
 
 def test_bfloat16_comes_out_as_float32():
     with float64(False):
-        one, q = jnp.ones(3, jnp.bfloat16), jnp.ones((3, 2), jnp.bfloat16)
-        assert ops.q_learning_target(one, q, discount=0.5).dtype == jnp.float32
-        assert ops.cql_penalty(q, jnp.zeros(3, jnp.int32)).dtype == jnp.float32
-        assert ops.quantile_huber_loss(q, q).dtype == jnp.float32
+        shapes = (((3,), jnp.bfloat16), ((3, 2), jnp.bfloat16), ((3,), jnp.int32))
+        one, q, action = (jax.ShapeDtypeStruct(*x) for x in shapes)
+        target = jax.eval_shape(partial(ops.q_learning_target, discount=0.5), one, q)
+        assert target.dtype == jnp.float32
+        assert jax.eval_shape(ops.cql_penalty, q, action).dtype == jnp.float32
+        assert jax.eval_shape(ops.quantile_huber_loss, q, q).dtype == jnp.float32
 
 
 def test_bad_input_is_named():

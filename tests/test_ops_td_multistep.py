@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rlax
+from compiling import compiled
 from precision import float64
 from test_ops_td import EPS, assert_exact, in_float64  # noqa: F401
 
@@ -258,12 +259,12 @@ def test_an_autoreset_boundary_is_the_end_of_an_array(name):
     """Two episodes in one array, the first one cut short, equal the two in arrays of their own."""
     cut_at = 2
     cut = np.broadcast_to(np.arange(T) == cut_at, (B, T))
-    together = only(name, truncated=cut)
+    together = np.asarray(only(name, truncated=cut))
     _, _, _, arrays = CASES[name]
     for part in (slice(0, cut_at + 1), slice(cut_at + 1, T)):
         alone = only(name, arrays=[x[:, part] for x in arrays], greedy=GREEDY[:, part])
         assert_exact(together[:, part], alone)
-    ended = only(name, truncated=cut, terminated=cut)
+    ended = np.asarray(only(name, truncated=cut, terminated=cut))
     assert_exact(ended, only(name, terminated=cut))
     assert not np.allclose(ended[:, cut_at], together[:, cut_at])
 
@@ -280,7 +281,8 @@ def test_padding_leading_axes_and_batch_order(name):
         return np.pad(x, [(0, 0), (2, 3)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
 
     flags = {key: pad(x, False) for key, x in ({"mask": MASK, "greedy": GREEDY} | FLAGS).items()}
-    assert_exact(only(name, arrays=[pad(x) for x in arrays], **flags)[:, 2:-3], expected)
+    padded = np.asarray(only(name, arrays=[pad(x) for x in arrays], **flags))
+    assert_exact(padded[:, 2:-3], expected)
 
     def fold(x):
         return x.reshape(4, B // 4, *x.shape[1:])
@@ -305,36 +307,46 @@ def along(q, action):
 def test_lambda_returns_equal_rlax_also_at_truncations():
     """A cut bootstraps from the value wholly, as lam = 0 does."""
     lam = np.where(TRUNCATED, 0.0, LAM)
-    expected = jax.vmap(rlax.lambda_returns)(REWARD, ALIVE, NEXT_VALUE, lam)
-    assert_exact(ops.lambda_returns(REWARD, NEXT_VALUE, discount=DISCOUNT, lam=LAM, **FLAGS), expected)
+    expected = compiled(jax.vmap(rlax.lambda_returns), REWARD, ALIVE, NEXT_VALUE, lam)
+    assert_exact(
+        compiled(ops.lambda_returns, REWARD, NEXT_VALUE, discount=DISCOUNT, lam=LAM, **FLAGS), expected
+    )
 
 
 def test_td_lambda_equals_rlax():
-    expected = jax.vmap(rlax.td_lambda, (0, 0, 0, 0, None))(VALUE, REWARD, ALIVE, OBSERVED[:, 1:], 0.7)
-    given = ops.lambda_returns(REWARD, OBSERVED[:, 1:], discount=DISCOUNT, lam=0.7, **ENDED)
+    expected = compiled(
+        jax.vmap(rlax.td_lambda, (0, 0, 0, 0, None)), VALUE, REWARD, ALIVE, OBSERVED[:, 1:], 0.7
+    )
+    given = compiled(ops.lambda_returns, REWARD, OBSERVED[:, 1:], discount=DISCOUNT, lam=0.7, **ENDED)
     assert_exact(given - VALUE, expected)
-    advantage, returns = ops.gae(
-        REWARD, VALUE, discount=DISCOUNT, lam=0.7, next_value=OBSERVED[:, 1:], **ENDED
+    advantage, returns = compiled(
+        ops.gae, REWARD, VALUE, discount=DISCOUNT, lam=0.7, next_value=OBSERVED[:, 1:], **ENDED
     )
     assert_exact(given, returns)
     assert_exact(given - VALUE, advantage)
 
 
 def test_sarsa_lambda_equals_rlax():
-    expected = jax.vmap(rlax.sarsa_lambda, (0, 0, 0, 0, 0, 0, None))(
-        Q[:, :-1], ACTION[:, :-1], REWARD, ALIVE, Q[:, 1:], ACTION[:, 1:], 0.7
+    expected = compiled(
+        jax.vmap(rlax.sarsa_lambda, (0, 0, 0, 0, 0, 0, None)),
+        Q[:, :-1],
+        ACTION[:, :-1],
+        REWARD,
+        ALIVE,
+        Q[:, 1:],
+        ACTION[:, 1:],
+        0.7,
     )
     taken = along(Q, ACTION)
-    given = ops.lambda_returns(REWARD, taken[:, 1:], discount=DISCOUNT, lam=0.7, **ENDED)
+    given = compiled(ops.lambda_returns, REWARD, taken[:, 1:], discount=DISCOUNT, lam=0.7, **ENDED)
     assert_exact(given - taken[:, :-1], expected)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 9])
 def test_n_step_equals_rlax(n):
-    expected = jax.vmap(rlax.n_step_bootstrapped_returns, (0, 0, 0, None))(
-        REWARD, ALIVE, NEXT_VALUE, min(n, T)
-    )
-    given = ops.n_step_returns(REWARD, NEXT_VALUE, discount=DISCOUNT, steps=n, **ENDED)
+    theirs = partial(rlax.n_step_bootstrapped_returns, n=min(n, T))
+    expected = compiled(jax.vmap(theirs), REWARD, ALIVE, NEXT_VALUE)
+    given = compiled(ops.n_step_returns, REWARD, NEXT_VALUE, discount=DISCOUNT, steps=n, **ENDED)
     assert_exact(given, expected)
 
 
@@ -344,30 +356,39 @@ def test_q_lambda_equals_rlax():
     watkins_lam = 0.7 * greedy[:, 1:]
     taken = along(Q, ACTION)[:, :-1]
     for lam, flags in ((np.full((B, T), 0.7), {}), (watkins_lam, {"greedy": greedy[:, :-1]})):
-        expected = jax.vmap(rlax.q_lambda)(Q[:, :-1], ACTION[:, :-1], REWARD, ALIVE, Q[:, 1:], lam)
-        given = ops.q_lambda_returns(REWARD, Q[:, 1:], discount=DISCOUNT, lam=0.7, **ENDED, **flags)
+        expected = compiled(jax.vmap(rlax.q_lambda), Q[:, :-1], ACTION[:, :-1], REWARD, ALIVE, Q[:, 1:], lam)
+        given = compiled(ops.q_lambda_returns, REWARD, Q[:, 1:], discount=DISCOUNT, lam=0.7, **ENDED, **flags)
         assert_exact(given - taken, expected)
 
 
 def test_retrace_equals_rlax():
     pi, mu = RNG.dirichlet(np.ones(A), (2, B, T + 1))
     log_ratio = np.log(along(pi, ACTION) / along(mu, ACTION))
-    expected = jax.vmap(partial(rlax.retrace, eps=0.0), (0, 0, 0, 0, 0, 0, 0, 0, None))(
+    expected = compiled(jax.vmap(partial(rlax.retrace, eps=0.0), (0, 0, 0, 0, 0, 0, 0, 0, None)), 
         Q[:, :-1], Q[:, 1:], ACTION[:, :-1], ACTION[:, 1:], REWARD, ALIVE, pi[:, 1:], along(mu, ACTION)[:, 1:], 0.7
     )  # fmt: skip
     taken = along(Q, ACTION)[:, :-1]
     next_value = (pi * Q).sum(-1)[:, 1:]
-    given = ops.retrace(REWARD, taken, next_value, log_ratio[:, :-1], discount=DISCOUNT, lam=0.7, **ENDED)
+    given = compiled(
+        ops.retrace, REWARD, taken, next_value, log_ratio[:, :-1], discount=DISCOUNT, lam=0.7, **ENDED
+    )
     assert_exact(given - taken, expected)
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.7])
 def test_vtrace_equals_rlax(lam):
     compare = partial(rlax.vtrace_td_error_and_advantage, clip_rho_threshold=1.3, clip_pg_rho_threshold=1.1)
-    expected = jax.vmap(compare, (0, 0, 0, 0, 0, None))(
-        VALUE, OBSERVED[:, 1:], REWARD, ALIVE, np.exp(LOG_RATIO), lam
+    expected = compiled(
+        jax.vmap(compare, (0, 0, 0, 0, 0, None)),
+        VALUE,
+        OBSERVED[:, 1:],
+        REWARD,
+        ALIVE,
+        np.exp(LOG_RATIO),
+        lam,
     )
-    given = ops.vtrace(
+    given = compiled(
+        ops.vtrace,
         REWARD,
         VALUE,
         OBSERVED[:, 1:],
@@ -385,29 +406,33 @@ def test_vtrace_equals_rlax(lam):
 def test_on_policy_they_are_one():
     """Where the ratio is 1: V-trace is the lambda-return, Retrace of Q(s, a) = V(s) too."""
     setting = {"discount": 0.9, "lam": 0.7, **FLAGS, "mask": MASK}
-    next_value = np.where(TRUNCATED, NEXT_VALUE, ops.value_at_next(VALUE, MASK))
-    expected = ops.lambda_returns(REWARD, next_value, **setting)
+    next_value = np.where(TRUNCATED, NEXT_VALUE, compiled(ops.value_at_next, VALUE, MASK))
+    expected = compiled(ops.lambda_returns, REWARD, next_value, **setting)
     zero = np.zeros((B, T))
-    assert_exact(ops.vtrace(REWARD, VALUE, next_value, zero, **setting).returns, expected)
-    assert_exact(ops.retrace(REWARD, VALUE, next_value, zero, **setting), expected)
-    assert_exact(ops.gae(REWARD, VALUE, next_value=next_value, **setting)[1], expected)
+    assert_exact(compiled(ops.vtrace, REWARD, VALUE, next_value, zero, **setting).returns, expected)
+    assert_exact(compiled(ops.retrace, REWARD, VALUE, next_value, zero, **setting), expected)
+    assert_exact(compiled(ops.gae, REWARD, VALUE, next_value=next_value, **setting)[1], expected)
 
 
 def test_a_ratio_too_large_for_exp():
     huge = np.full((B, T), 800.0)
     setting = {"discount": 0.9, "lam": 0.7}
-    slope = jax.grad(lambda x: ops.retrace(REWARD, VALUE, NEXT_VALUE, x, **setting).sum())(huge)
+    slope = compiled(jax.grad(lambda x: ops.retrace(REWARD, VALUE, NEXT_VALUE, x, **setting).sum()), huge)
     assert_exact(slope, 0 * huge)
-    unbounded = {"clip_rho": jnp.inf, "clip_trace": 1.0}
-    given = ops.vtrace(REWARD, VALUE, NEXT_VALUE, np.log(2) + 0 * huge, **setting, **unbounded)
-    assert_exact(given.returns[:, -1] - VALUE[:, -1], 2 * (REWARD + 0.9 * NEXT_VALUE - VALUE)[:, -1])
+    unbounded = {"clip_rho": np.inf, "clip_trace": 1.0}
+    given = compiled(ops.vtrace, REWARD, VALUE, NEXT_VALUE, np.log(2) + 0 * huge, **setting, **unbounded)
+    assert_exact(
+        np.asarray(given.returns)[:, -1] - VALUE[:, -1], 2 * (REWARD + 0.9 * NEXT_VALUE - VALUE)[:, -1]
+    )
 
 
 def test_n_step_transitions_of_a_replay():
     """The value may be computed later, at the position that `last` names."""
     path = jax.jit(partial(ops.n_step, steps=3))(REWARD, discount=DISCOUNT, mask=MASK, **FLAGS)
     target = path.reward + path.discount * np.take_along_axis(NEXT_VALUE, np.asarray(path.last), axis=1)
-    expected = ops.n_step_returns(REWARD, NEXT_VALUE, discount=DISCOUNT, steps=3, mask=MASK, **FLAGS)
+    expected = compiled(
+        ops.n_step_returns, REWARD, NEXT_VALUE, discount=DISCOUNT, steps=3, mask=MASK, **FLAGS
+    )
     assert_exact(target, expected)
     kept = np.asarray(path.last)[MASK]
     assert (kept >= np.broadcast_to(np.arange(T), (B, T))[MASK]).all()
@@ -424,7 +449,7 @@ def test_the_next_position_that_counts():
         expected[b, kept[:-1]] = VALUE[b, kept[1:]]
     np.testing.assert_array_equal(jax.jit(ops.value_at_next)(value, MASK), expected)
     # A turn of the agent, two tokens of the environment, another turn.
-    given = ops.value_at_next(jnp.array([1.0, 2.0, 9.0, 9.0, 3.0]), jnp.array([1, 1, 0, 0, 1]))
+    given = compiled(ops.value_at_next, np.array([1.0, 2.0, 9.0, 9.0, 3.0]), np.array([1, 1, 0, 0, 1]))
     np.testing.assert_array_equal(given, [2, 3, 0, 0, 0])
 
 
@@ -448,7 +473,8 @@ def test_path_consistency_of_an_enumerated_optimum():
     log_ratio = (reward + after_inside - value) / TEMPERATURE
     terminated = np.broadcast_to(np.arange(length) == length - 1, reward.shape)
     for steps in (None, 1, 2):
-        error = ops.multistep_path_consistency_error(
+        error = compiled(
+            ops.multistep_path_consistency_error,
             value,
             reward,
             after,
@@ -459,15 +485,18 @@ def test_path_consistency_of_an_enumerated_optimum():
             terminated=terminated,
         )
         assert_exact(error, 0 * reward)
-    assert_exact(ops.value_at_next(value), after_inside)
+    assert_exact(compiled(ops.value_at_next, value), after_inside)
 
 
 def test_bfloat16_comes_out_as_float32():
     with float64(False):
-        x = jnp.ones(3, jnp.bfloat16)
-        assert ops.lambda_returns(x, x, discount=0.9, lam=0.5).dtype == jnp.float32
-        assert ops.n_step_returns(x, x, discount=0.9, steps=2).dtype == jnp.float32
-        assert ops.vtrace(x, x, x, x, discount=0.9).advantage.dtype == jnp.float32
+        x = jax.ShapeDtypeStruct((3,), jnp.bfloat16)
+        for op, arrays in (
+            (partial(ops.lambda_returns, discount=0.9, lam=0.5), (x, x)),
+            (partial(ops.n_step_returns, discount=0.9, steps=2), (x, x)),
+            (partial(ops.vtrace, discount=0.9), (x, x, x, x)),
+        ):
+            assert all(out.dtype == jnp.float32 for out in jax.tree.leaves(jax.eval_shape(op, *arrays)))
 
 
 def test_bad_input_is_named():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ EVALUATE = {
     "reward_model": score,
 }
 LM = decoder(config.Decoder(vocab_size=V, width=4, layers=1, heads=1, kv_heads=1, head_size=4, mlp_width=4))
+POLICY = jax.jit(LM.init)(KEY)
 PAIRS: dict[str, Any] = {
     "first": jnp.asarray([0, 1]),
     "second": jnp.asarray([2, 3]),
@@ -145,7 +146,9 @@ VALUE_BATCHES = {
 }
 
 
+@cache
 def namespace(module: str) -> dict[str, Any]:
+    """What the code of a row may name."""
     algorithms = (ppo, grpo, dpo, kto, sft, reward_model, dqn, pqn, tabular_q, ilql, soft_q)
     modules = {x.__name__.rsplit(".", 1)[1]: x for x in algorithms} | {"replay": replay}
     modules |= {"networks": networks, "generation": generation}
@@ -163,7 +166,7 @@ def namespace(module: str) -> dict[str, Any]:
         "index": jnp.arange(4),
         "error": jnp.arange(4.0),
         "key": KEY,
-        "policy": LM.init(KEY),
+        "policy": POLICY,
         "inputs": TOKEN,
         "best_B": jnp.zeros(B, jnp.int32),
         "order_BG": jnp.broadcast_to(jnp.arange(G), (B, G)),
@@ -214,7 +217,7 @@ ROWS = rows()
 )
 def test_a_row_of_the_index_runs(paper, code):
     module = code[0].split(".", 1)[0]
-    made = [eval(piece, namespace(module)) for piece in code]
+    made = [eval(piece, dict(namespace(module))) for piece in code]
     batches = [x for x in made if type(x).__module__ == "rlhfjax.algorithms.reward_model"]
     algorithms = [(piece, x) for piece, x in zip(code, made, strict=True) if isinstance(x, Algorithm)]
     for piece, algorithm in algorithms:

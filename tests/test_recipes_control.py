@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhfjax.algorithms import dqn, make_optimizer, ppo, pqn
@@ -91,8 +92,14 @@ def iterate_of(name: str):
 
 
 @functools.cache
+def begin_of(name: str):
+    """The start of a whole run, compiled."""
+    return jax.jit(lambda key: train(training_of(name), key, 0)[0])
+
+
+@functools.cache
 def start_of(name: str):
-    return jax.jit(training_of(name).init)(jax.random.key(7))
+    return begin_of(name)(jax.random.key(7))
 
 
 @functools.cache
@@ -101,10 +108,16 @@ def part_of(name: str):
     return jax.jit(lambda run, key, first: train(training_of(name), key, 2, run=run, first=first))
 
 
-@functools.cache
-def whole_of(name: str):
-    """Four iterations from the start."""
-    return jax.jit(lambda key: train(training_of(name), key, 4))
+def joined(first, last):
+    """The metrics of two parts of a run, one after the other."""
+    return jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x]), first, last)
+
+
+def whole_of(name: str, key: jax.Array):
+    """Four iterations from the start, by one program twice: another number of iterations may round otherwise."""
+    half, first = part_of(name)(begin_of(name)(key), key, 0)
+    end, last = part_of(name)(half, key, 2)
+    return end, joined(first, last)
 
 
 def numbers(tree):
@@ -114,6 +127,12 @@ def numbers(tree):
         return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
     return [np.asarray(bits(x)) for x in jax.tree.leaves(tree)]
+
+
+def stacked(trees):
+    """The trees with a leading axis over them, as NumPy arrays."""
+    leaves = zip(*map(numbers, trees), strict=True)
+    return [np.stack(x) for x in leaves]
 
 
 def assert_same_bits(one, other):
@@ -132,17 +151,18 @@ def made_up_trajectory(steps: int, worlds: int, seed: int = 0) -> Trajectory:
     shape = (steps, worlds)
 
     def normal(*size):
-        return jnp.asarray(generator.normal(size=size), jnp.float32)
+        return generator.normal(size=size).astype(np.float32)
 
-    return Trajectory(
+    arrays = Trajectory(
         normal(*shape, 4),
-        jnp.asarray(generator.integers(2, size=shape), jnp.int32),
+        generator.integers(2, size=shape).astype(np.int32),
         normal(*shape),
-        jnp.asarray(generator.uniform(size=shape) < 0.2),
-        jnp.asarray(generator.uniform(size=shape) < 0.2),
+        generator.uniform(size=shape) < 0.2,
+        generator.uniform(size=shape) < 0.2,
         normal(*shape, 4),
-        extras=-jnp.abs(normal(*shape)),
+        extras=-np.abs(normal(*shape)),
     )
+    return jax.tree.map(jnp.asarray, arrays)
 
 
 def value_of(observation: jax.Array) -> jax.Array:
@@ -170,10 +190,12 @@ def loop_of_gae(steps: Trajectory, discount: float, lam: float):
 
 def test_rows_of_a_step_have_the_advantages_of_the_trajectory():
     trajectory = made_up_trajectory(9, 5)
-    assert (trajectory.truncated & ~trajectory.terminated).any() and trajectory.terminated.any()
+    terminated, truncated = np.asarray(trajectory.terminated), np.asarray(trajectory.truncated)
+    assert (truncated & ~terminated).any() and terminated.any()
     config = PPO(kl_coefficient=0.0, discount=0.9, lam=0.8, whiten_advantages=False)
-    rows = ppo_steps(trajectory, value_of, config)
-    sample, _ = targets(rows, jnp.float32(0), config=config)
+    rows = compiled(lambda steps: ppo_steps(steps, value_of, config), trajectory)
+    sample, _ = compiled(lambda rows: targets(rows, jnp.float32(0), config=config), rows)
+    rows, sample, trajectory = jax.tree.map(np.asarray, (rows, sample, trajectory))
     advantage_BT, returns_BT = loop_of_gae(trajectory, 0.9, 0.8)
     assert rows.mask.shape == (45, 1) and rows.mask.all()
     np.testing.assert_allclose(sample.advantage.reshape(5, 9), advantage_BT, rtol=1e-5, atol=1e-5)
@@ -194,28 +216,34 @@ def test_ppo_loss_of_rows_is_that_of_whole_trajectories():
         logp = jnp.take_along_axis(logp_A, action[..., None], axis=-1)[..., 0]
         return logp, -jnp.sum(jnp.exp(logp_A) * logp_A, axis=-1), observation @ params["value"]
 
-    x = batch_first(trajectory)
-    rows = ppo_steps(trajectory, value_of, config)
-    inputs, value = (x.observation, x.action), value_of(x.observation)
-    whole = ppo.Rollout(
-        inputs,
-        x.extras,
-        x.extras,
-        value,
-        x.reward,
-        jnp.ones(value.shape, bool),
-        next_value=value_of(x.next_observation),
-        terminated=x.terminated,
-        truncated=x.truncated,
-    )
-    params = {"policy": jnp.ones((4, 2)).at[0, 1].set(-1.0), "value": jnp.arange(4.0)}
+    def rollouts(trajectory):
+        x = batch_first(trajectory)
+        inputs, value = (x.observation, x.action), value_of(x.observation)
+        whole = ppo.Rollout(
+            inputs,
+            x.extras,
+            x.extras,
+            value,
+            x.reward,
+            jnp.ones(value.shape, bool),
+            next_value=value_of(x.next_observation),
+            terminated=x.terminated,
+            truncated=x.truncated,
+        )
+        return ppo_steps(trajectory, value_of, config), whole
+
+    params = {
+        "policy": np.asarray([[1, -1], [1, 1], [1, 1], [1, 1]], np.float32),
+        "value": np.arange(4, dtype=np.float32),
+    }
 
     def total(params, rollout):
         sample, _ = targets(rollout, jnp.float32(0), config=config)
         return ppo.loss(params, sample, evaluate=evaluate, config=config)
 
     found, expected = (
-        jax.jit(jax.value_and_grad(total, has_aux=True))(params, rollout) for rollout in (rows, whole)
+        jax.jit(jax.value_and_grad(total, has_aux=True))(params, rollout)
+        for rollout in compiled(rollouts, trajectory)
     )
     assert found[0][1]["policy/clip_fraction"] > 0 and found[0][1]["count"] == 24
     assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -263,9 +291,10 @@ def test_a_ppo_iteration_is_its_parts_put_together(key):
 
 
 def test_a_pqn_iteration_is_its_parts_put_together():
-    """In the middle of the fall of epsilon."""
+    """The second iteration: in the middle of the fall of epsilon, and some episodes are cut short in it."""
     config = SMALL["pqn"]
-    run = start_of("pqn")._replace(steps=jnp.int32(32))
+    run, _ = iterate_of("pqn")[0](start_of("pqn"), jax.random.key(4))
+    assert int(run.steps) == 32
     network = mlp(config.network, (4,), 2)
     algorithm = pqn.make(network.apply, make_optimizer(config.optimizer, 10 * 2 * 2), config.algorithm)
     epsilon = 1.0 - 0.95 * 32 / (0.2 * 320)
@@ -283,9 +312,11 @@ def test_a_pqn_iteration_is_its_parts_put_together():
         batch = pqn.Rollout(
             x.observation, x.action, x.reward, x.terminated, x.truncated, next_inputs=x.next_observation
         )
-        return worlds, algorithm.update(run.learner, batch, key_learn)
+        cut = jnp.any(x.truncated & ~x.terminated)
+        return worlds, algorithm.update(run.learner, batch, key_learn), cut
 
-    worlds, (learner, metrics) = jax.jit(by_hand)(run, jax.random.key(5))
+    worlds, (learner, metrics), cut = jax.jit(by_hand)(run, jax.random.key(5))
+    assert cut
     after, found = iterate_of("pqn")[0](run, jax.random.key(5))
     assert_close(after.worlds, worlds)
     assert_close(after.learner, learner, rtol=1e-4, atol=1e-5)
@@ -300,13 +331,23 @@ def test_paths_from_replay_end_with_their_episode_and_at_the_newest_step():
     """Five steps of each of two worlds are held, the ring having gone round twice; against a loop."""
     config = dataclasses.replace(SMALL["dqn"], worlds=2, n_step=3, capacity=10)
     trajectory = made_up_trajectory(12, 2, seed=13)
-    first = jax.tree.map(lambda x: x[0], _items(trajectory))
-    held = replay.init(Item(*first), 10)
-    for t in range(0, 12, 3):
-        held = replay.add(held, _items(jax.tree.map(lambda x, t=t: x[t : t + 3], trajectory)))
-    index = jnp.arange(10)
-    sample = replay.Sample(jax.tree.map(lambda x: x[index], held.item), index, jnp.ones(10))
-    batch = jax.jit(lambda held, sample: _transitions(held, sample, config))(held, sample)
+
+    @jax.jit
+    def filled(trajectory):
+        first = jax.tree.map(lambda x: x[0], _items(trajectory))
+        held = replay.init(Item(*first), 10)
+        for t in range(0, 12, 3):
+            held = replay.add(held, _items(jax.tree.map(lambda x, t=t: x[t : t + 3], trajectory)))
+        index = jnp.arange(10)
+        return held, replay.Sample(jax.tree.map(lambda x: x[index], held.item), index, jnp.ones(10))
+
+    def batch_of(held, sample, config):
+        return jax.tree.map(
+            np.asarray, compiled(lambda held, sample: _transitions(held, sample, config), held, sample)
+        )
+
+    held, sample = filled(trajectory)
+    batch = batch_of(held, sample, config)
     x = jax.tree.map(np.asarray, trajectory)
     seen, ends = set(), set()
     for i in range(10):
@@ -329,7 +370,7 @@ def test_paths_from_replay_end_with_their_episode_and_at_the_newest_step():
         assert bool(batch.terminated_B[i]) == x.terminated[last, b]
     assert seen == {(t, b) for t in range(7, 12) for b in range(2)}
     assert ends == {"terminated", "truncated", "newest"}
-    one = _transitions(held, sample, dataclasses.replace(config, n_step=1))
+    one = batch_of(held, sample, dataclasses.replace(config, n_step=1))
     np.testing.assert_array_equal(one.reward_B, held.item.reward)
     np.testing.assert_array_equal(one.next_inputs, held.item.next_observation)
     assert one.discount_B is None
@@ -405,11 +446,12 @@ def test_without_priorities_nothing_is_weighted():
     assert metrics["loss/td"] == metrics["loss/total"] > 0
     assert training.values is not None
     # Action values of a distribution are its means.
-    q_BA = training.values(run, run.worlds.observation)
+    q_BA = np.asarray(jax.jit(training.values)(run, run.worlds.observation))
     network = mlp(config.network, (4,), 2, quantiles=5)
-    q_BAN = network.apply(run.learner.params, run.worlds.observation)
+    q_BAN = np.asarray(jax.jit(network.apply)(run.learner.params, run.worlds.observation))
     np.testing.assert_allclose(q_BA, q_BAN.mean(axis=-1), rtol=1e-6)
-    action_B, _ = training.policy(run)(run.worlds.observation, jax.random.key(0))
+    act = jax.jit(lambda run, key: training.policy(run)(run.worlds.observation, key))
+    action_B, _ = act(run, jax.random.key(0))
     np.testing.assert_array_equal(action_B, np.argmax(q_BA, axis=1))
 
 
@@ -438,10 +480,9 @@ def test_metrics_are_alike_and_nothing_is_compiled_twice(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_was_stopped_has_the_bits_of_a_whole_one(name, key, tmp_path):
-    """Through a checkpoint on disk, replay and worlds included."""
-    whole, metrics = whole_of(name)(key)
-    start = jax.jit(lambda key: train(training_of(name), key, 0)[0])(key)
-    half, first = part_of(name)(start, key, 0)
+    """Through a checkpoint on disk, replay and worlds included; the whole one, iteration by iteration, is a loop."""
+    whole, metrics = whole_of(name, key)
+    half, first = part_of(name)(begin_of(name)(key), key, 0)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(2, half)
         checkpoints.wait()
@@ -449,16 +490,21 @@ def test_a_run_that_was_stopped_has_the_bits_of_a_whole_one(name, key, tmp_path)
     assert restored is not None and restored[0] == 2
     end, last = part_of(name)(restored[1], key, 2)
     assert_same_bits(end, whole)
-    assert_same_bits(jax.tree.map(lambda *x: jnp.concatenate(x), first, last), metrics)
+    assert_same_bits(joined(first, last), metrics)
     assert not np.array_equal(numbers(half.learner)[0], numbers(end.learner)[0])  # it has gone on
+    run, found = begin_of(name)(key), []
+    for i in range(4):
+        run, one = iterate_of(name)[0](run, jax.random.fold_in(key, i))
+        found.append(one)
+    assert_close((whole, metrics), (run, stacked(found)), rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_together_equal_seeds_alone(name):
     keys = jax.random.split(jax.random.key(5), 2)
     runs, metrics = jax.jit(jax.vmap(lambda key: train(training_of(name), key, 4)))(keys)
-    alone = [whole_of(name)(key) for key in keys]
-    assert_close((runs, metrics), jax.tree.map(lambda *x: jnp.stack(x), *alone), rtol=2e-3, atol=1e-4)
+    alone = [whole_of(name, key) for key in keys]
+    assert_close((runs, metrics), stacked(alone), rtol=2e-3, atol=1e-4)
     assert not np.allclose(metrics["loss/total"][0], metrics["loss/total"][1])
 
 
@@ -489,7 +535,7 @@ def with_floats(config, values):
     return dataclasses.replace(config, **replaced)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["ppo", "pqn", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_a_sweep_over_every_float_equals_separate_runs(name, key):
     """The training is built within the vmap; each float of the config, nested ones too, is traced."""
     config = SMALL[name]
@@ -506,8 +552,8 @@ def test_a_sweep_over_every_float_equals_separate_runs(name, key):
     scale = (1.0, 0.5)
     alone = [one({n: jnp.float32(x * s) for n, x in values.items()}) for s in scale]
     together = jax.jit(jax.vmap(last))({n: jnp.float32(x) * jnp.array(scale) for n, x in values.items()})
-    assert_close(together, jax.tree.map(lambda *x: jnp.stack(x), *alone), rtol=2e-3, atol=1e-4)
-    constant = jax.tree.map(lambda x: x[:2], whole_of(name)(key)[1])
+    assert_close(together, stacked(alone), rtol=2e-3, atol=1e-4)
+    constant = jax.tree.map(lambda x: x[:2], whole_of(name, key)[1])
     assert_close(alone[0][1], constant, rtol=2e-3, atol=1e-4)  # as where they are no arrays
     difference = [np.abs(a - b).max() for a, b in zip(*map(numbers, alone), strict=True)]
     assert max(difference) > 1e-3  # the floats are read

@@ -23,7 +23,7 @@ TEMPERATURE = 0.8
 @pytest.fixture(scope="module")
 def params():
     made = jax.jit(LM.init)(jax.random.key(0))
-    return made | {"embedding": made["embedding"] * 10}
+    return made | {"embedding": jnp.asarray(np.asarray(made["embedding"]) * 10)}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ FIRST, SECOND = jnp.array([0, 0, 1]), jnp.array([1, 2, 2])
 @pytest.fixture(scope="module")
 def all_logp(params, branches):
     """Log-probabilities of the whole vocabulary at every completion token, float64."""
-    before, _ = branch_hidden(LM, params, branches)
+    before, _ = jax.jit(partial(branch_hidden, LM))(params, branches)
     logits = np.asarray(before, np.float64) @ np.asarray(LM.embedding(params), np.float64).T / TEMPERATURE
     return logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
 

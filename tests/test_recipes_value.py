@@ -38,7 +38,8 @@ CONFIG = Decoder(
 )
 LM = decoder(CONFIG)
 POLICY = jax.jit(LM.init)(jax.random.key(0))
-POLICY = POLICY | {"embedding": POLICY["embedding"] * 20}
+POLICY = POLICY | {"embedding": jnp.asarray(np.asarray(POLICY["embedding"]) * 20)}
+TILTED = POLICY | {"embedding": jnp.asarray(np.asarray(POLICY["embedding"]) * np.float32(1.3))}
 SETTINGS = ILQL(discount=0.9, expectile=0.8, cql_coefficient=0.3, advantage_beta=0.5)
 DIALOGUES = [
     [Turn([0], False), Turn([1, 2], True, -1.0), Turn([3, 4, 3], False), Turn([5], True, 2.0)],
@@ -54,7 +55,36 @@ def episodes(length=LENGTH):
 
 @functools.cache
 def params(separate=True):
-    return init_text_values(jax.random.key(1), LM, POLICY, separate_trunk=separate)
+    init = functools.partial(init_text_values, lm=LM, separate_trunk=separate)
+    return jax.jit(lambda key, policy: init(key, policy=policy))(jax.random.key(1), POLICY)
+
+
+q_of, v_of = jax.jit(q_values), jax.jit(state_value)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - logsumexp(x)[..., None]
+
+
+def logsumexp(x):
+    x = np.asarray(x, np.float64)
+    top = x.max(axis=-1)
+    return top + np.log(np.exp(x - top[..., None]).sum(axis=-1))
+
+
+@jax.jit
+def turns_of(params, turns):
+    """States of turns, and the logits where each token is chosen."""
+    states = turn_states(LM, params, turns)
+    return states, LM.logits(params, states.before)
+
+
+@jax.jit
+def texts_of(params, branches):
+    """Logits before and after each token of branches."""
+    before, after = branch_hidden(LM, params, branches)
+    return LM.logits(params, before), LM.logits(params, after)
 
 
 def test_turns_become_rows():
@@ -85,10 +115,12 @@ def test_dialogues_that_teach_nothing_are_refused(turns, told):
 
 def test_a_row_of_turns_and_a_branch_have_the_same_states():
     row = episodes().inputs
-    branches = Branches(
-        row.token_BN[:1, :1], row.mask_BN[:1, :1], row.token_BN[:1, None, 1:7], row.mask_BN[:1, None, 1:7]
-    )
-    of_row, of_branch = turn_states(LM, POLICY, row), branch_states(LM, POLICY, branches)
+    token_BN, mask_BN = np.asarray(row.token_BN), np.asarray(row.mask_BN)
+    parts = token_BN[:1, :1], mask_BN[:1, :1], token_BN[:1, None, 1:7], mask_BN[:1, None, 1:7]
+    branches = Branches(*map(jnp.asarray, parts))
+    of_row = jax.tree.map(np.asarray, turns_of(POLICY, row)[0])
+    found = jax.jit(functools.partial(branch_states, LM))(POLICY, branches)
+    of_branch = jax.tree.map(np.asarray, found)
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     compare(of_row.before[0, :6], of_branch.before[0, 0])
     compare(of_row.final[0], of_branch.final[0, 0])
@@ -99,21 +131,21 @@ def test_a_row_of_turns_and_a_branch_have_the_same_states():
 def test_values_are_those_of_all_arrays_at_once(separate):
     model, inputs = params(separate), episodes().inputs
     values = text_values(LM, cql_temperature=0.7, chunk_size=3)
-    given: Any = values.evaluate(model, inputs)._asdict()
+    given: Any = jax.jit(values.evaluate)(model, inputs)._asdict()
     trunk = model["value"].get("trunk", model["policy"])
-    states, of_policy = turn_states(LM, trunk, inputs), turn_states(LM, POLICY, inputs)
-    q = np.asarray(q_values(model["value"]["q"], states.before))
+    (states, _), (_, logits) = turns_of(trunk, inputs), turns_of(POLICY, inputs)
+    q, value = np.asarray(q_of(model["value"]["q"], states.before)), model["value"]["v"]
 
     def at_token(x):
         index = np.broadcast_to(np.asarray(states.token)[..., None], (*x.shape[:-1], 1))
-        return np.take_along_axis(np.asarray(x), index, axis=-1)[..., 0]
+        return np.take_along_axis(x, index, axis=-1)[..., 0]
 
     expected = {
         "taken": at_token(q),
-        "log_softmax": at_token(jax.nn.log_softmax(jnp.asarray(q) / 0.7)),
-        "value": state_value(model["value"]["v"], states.before),
-        "final": state_value(model["value"]["v"], states.final),
-        "logp": at_token(jax.nn.log_softmax(LM.logits(POLICY, of_policy.before))),
+        "log_softmax": at_token(log_softmax(q / 0.7)),
+        "value": v_of(value, states.before),
+        "final": v_of(value, states.final),
+        "logp": at_token(log_softmax(logits)),
     }
     for name, x in expected.items():
         np.testing.assert_allclose(given[name], x, rtol=1e-4, atol=1e-5, err_msg=name)
@@ -123,18 +155,21 @@ def test_values_are_those_of_all_arrays_at_once(separate):
 def test_the_best_token_is_chosen_by_the_one_and_valued_by_the_other(double):
     model, inputs = params(), episodes().inputs
     values = text_values(LM, double=double, chunk_size=3)
-    target = jax.tree.map(
-        lambda x: x + 0.3 * jax.random.normal(jax.random.key(4), x.shape), values.target_of(model)
-    )
-    given = values.evaluate_target(target, inputs, model)
-    states = turn_states(LM, target["trunk"], inputs)
-    chooser = turn_states(LM, model["value"]["trunk"], inputs)
+    generator = np.random.default_rng(4)
+
+    def moved(x):
+        return jnp.asarray(np.asarray(x) + 0.3 * generator.normal(size=x.shape).astype(np.float32))
+
+    target = jax.tree.map(moved, values.target_of(model))
+    given = jax.jit(values.evaluate_target)(target, inputs, model)
+    states, _ = turns_of(target["trunk"], inputs)
+    chooser, _ = turns_of(model["value"]["trunk"], inputs)
     for hidden, chosen_by, best in (
         (states.before, chooser.before, given.best),
         (states.final, chooser.final, given.final),
     ):
-        lowest = np.asarray(q_values(target["q"], hidden)).min(0)
-        by = np.asarray(q_values(model["value"]["q"], chosen_by)).min(0) if double else lowest
+        lowest = np.asarray(q_of(target["q"], hidden)).min(0)
+        by = np.asarray(q_of(model["value"]["q"], chosen_by)).min(0) if double else lowest
         expected = np.take_along_axis(lowest, by.argmax(-1)[..., None], axis=-1)[..., 0]
         np.testing.assert_allclose(np.asarray(best), expected, rtol=1e-4, atol=1e-5)
 
@@ -165,9 +200,10 @@ def assert_same(given, expected):
 def test_padding_and_chunks_move_neither_value_nor_gradient(bootstrap):
     """Longer rows, with anything in their padding, whose vocabulary is taken two positions at a time."""
     longer = episodes(LENGTH + 4)
+    token_BN = np.where(longer.inputs.mask_BN, longer.inputs.token_BN, np.int32(-7))
     spoiled = longer._replace(
-        inputs=longer.inputs._replace(token_BN=jnp.where(longer.inputs.mask_BN, longer.inputs.token_BN, -7)),
-        reward=jnp.where(longer.mask, longer.reward, jnp.nan),
+        inputs=longer.inputs._replace(token_BN=jnp.asarray(token_BN)),
+        reward=jnp.asarray(np.where(longer.mask, longer.reward, np.float32(np.nan))),
     )
     expected = gradient_of(bootstrap)(params(), episodes())
     assert_same(gradient_of(bootstrap, 2)(params(), spoiled), expected)
@@ -177,10 +213,12 @@ def test_the_environments_words_are_read_and_not_cloned():
     """They change the states, and their own log-probability is in no loss."""
     (_, sums), gradient = gradient_of()(params(), episodes())
     assert sums["count"] == 4
-    assert float(jnp.max(jnp.abs(gradient["policy"]["embedding"]))) > 0
+    assert np.abs(gradient["policy"]["embedding"]).max() > 0
     other = episodes()
-    token = other.inputs.token_BN.at[0, 4].set(7)  # one word of the environment, before the agent's last
-    (_, changed), _ = gradient_of()(params(), other._replace(inputs=other.inputs._replace(token_BN=token)))
+    token = np.array(other.inputs.token_BN)
+    token[0, 4] = 7  # one word of the environment, before the agent's last
+    inputs = other.inputs._replace(token_BN=jnp.asarray(token))
+    (_, changed), _ = gradient_of()(params(), other._replace(inputs=inputs))
     assert abs(changed["value/mean"] - sums["value/mean"]) > 1e-3
 
 
@@ -204,85 +242,102 @@ def test_a_game_in_turns_is_won_by_q_learning_and_lost_by_cloning():
 
     run = jax.jit(lambda s: jax.lax.scan(step, s, jax.random.split(jax.random.key(0), 500)))
     # Heads that begin at 0: words that the data do not hold keep that value.
-    start = init_text_values(jax.random.key(1), LM, POLICY, scale=0.0)
-    state, metrics = run(algorithm.init(start))
+    start = jax.jit(lambda key, policy: init_text_values(key, LM, policy, scale=0.0))(
+        jax.random.key(1), POLICY
+    )
+    state, metrics = run(jax.jit(algorithm.init)(start))
     model = guided(LM, LM)
 
-    def first_token(beta):
-        given = guide_params(state.params, beta)
+    @jax.jit
+    def first_token(params, beta):
+        given = guide_params(params, beta)
         one = jnp.zeros((1, 1), jnp.int32)
         hidden, _ = model.apply(given, one, position_BT=one, mask_BTS=jnp.ones((1, 1, 1), bool))
-        return int(jnp.argmax(model.logits(given, hidden)[0, 0]))
+        return jnp.argmax(model.logits(given, hidden)[0, 0])
 
-    assert first_token(0.0) == 1
-    assert first_token(8.0) == 2
-    q_start = values.evaluate(state.params, batch.inputs).taken[:, :, 0]
+    assert first_token(state.params, 0.0) == 1
+    assert first_token(state.params, 8.0) == 2
+    q_start = np.asarray(jax.jit(values.evaluate)(state.params, batch.inputs).taken)[:, :, 0]
     np.testing.assert_allclose(q_start[:, 0], 1.0, atol=0.3)
     np.testing.assert_allclose(q_start[:, -1], 2.0, atol=0.7)
-    assert metrics["loss/policy"][-1] < 0.65  # the entropy of the player's choices, per token
+    assert np.asarray(metrics["loss/policy"])[-1] < 0.65  # the entropy of the player's choices, per token
 
 
 # ---- the policy as Q
 
 
 def branches(samples=3):
-    prompt = jnp.asarray([[0, 3], [6, 7]], jnp.int32)
-    token = jax.random.randint(jax.random.key(5), (2, samples, 4), 0, 9)
-    length = jnp.asarray([[1, 4, 2], [3, 4, 1]])[:, :samples]
-    mask = jnp.arange(4)[None, None] < length[..., None]
-    return Branches(prompt, jnp.asarray([[False, True], [True, True]]), token, mask)
+    prompt = np.asarray([[0, 3], [6, 7]], np.int32)
+    token = np.random.default_rng(5).integers(9, size=(2, samples, 4)).astype(np.int32)
+    length = np.asarray([[1, 4, 2], [3, 4, 1]])[:, :samples]
+    mask = np.arange(4)[None, None] < length[..., None]
+    return Branches(*map(jnp.asarray, (prompt, np.asarray([[False, True], [True, True]]), token, mask)))
+
+
+@functools.cache
+def soft_batches(temperature=1.0, chunk_size=None):
+    """The batch of `soft_q` of rated branches, and what its `evaluate` gives of it, compiled."""
+
+    def make(reference, params, text, score_BG):
+        episodes = rated_episodes(text, score_BG)
+        options = {"states": branch_states, "temperature": temperature}
+        batch = soft_batch(LM, reference, episodes, **options, chunk_size=chunk_size)
+        return batch, text_soft_q(LM, **options)(params, batch.inputs)
+
+    return jax.jit(make)
+
+
+def at(x, token):
+    """The entries of x [..., V] at the tokens."""
+    return np.take_along_axis(np.asarray(x), np.asarray(token)[..., None], axis=-1)[..., 0]
 
 
 def test_soft_values_are_differences_of_normalisers():
-    text = branches()
-    episodes = rated_episodes(text, jnp.ones((2, 3)))
-    batch = soft_batch(LM, POLICY, episodes, states=branch_states, chunk_size=5)
-    tilted = POLICY | {"embedding": POLICY["embedding"] * 1.3}
-    given = text_soft_q(LM, states=branch_states)(tilted, batch.inputs)
-    logits, logits_ref = (LM.logits(p, branch_hidden(LM, p, text)[0]) for p in (tilted, POLICY))
-    expected = jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(logits_ref, axis=-1)
+    text, score_BG = branches(), np.ones((2, 3), np.float32)
+    batch, given = soft_batches(chunk_size=5)(POLICY, TILTED, text, score_BG)
+    (logits, after), (logits_ref, after_ref) = texts_of(TILTED, text), texts_of(POLICY, text)
+    expected = logsumexp(logits) - logsumexp(logits_ref)
     mask = np.asarray(batch.mask)
-    np.testing.assert_allclose(given.log_partition[mask], expected[mask], rtol=1e-3, atol=1e-4)
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), text.completion_BGC[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(given.logp[mask], logp[mask], rtol=1e-3, atol=1e-4)
-    after = branch_hidden(LM, tilted, text)[1][0, 1, 3], branch_hidden(LM, POLICY, text)[1][0, 1, 3]
-    normalisers = [jax.nn.logsumexp(LM.logits(p, h)) for p, h in zip((tilted, POLICY), after, strict=True)]
+    np.testing.assert_allclose(np.asarray(given.log_partition)[mask], expected[mask], rtol=1e-3, atol=1e-4)
+    logp = at(log_softmax(logits), text.completion_BGC)
+    np.testing.assert_allclose(np.asarray(given.logp)[mask], logp[mask], rtol=1e-3, atol=1e-4)
+    last = (logsumexp(after) - logsumexp(after_ref))[0, 1, 3]
     assert given.final is not None
-    np.testing.assert_allclose(given.final[0, 1], normalisers[0] - normalisers[1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(given.final)[0, 1], last, rtol=1e-3, atol=1e-4)
 
 
 def test_a_temperature_divides_the_logits_of_policy_and_reference():
     """At temperature T the soft values are those of embeddings divided by T, and so is the policy that is cloned."""
-    text, tilted = branches(), POLICY | {"embedding": POLICY["embedding"] * 1.3}
-    hidden, hidden_ref = (branch_hidden(LM, p, text)[0] for p in (tilted, POLICY))
-    logits, logits_ref = LM.logits(tilted, hidden) / 0.7, LM.logits(POLICY, hidden_ref) / 0.7
-    episodes = rated_episodes(text, jnp.ones((2, 3)))
-    batch = soft_batch(LM, POLICY, episodes, states=branch_states, temperature=0.7)
-    given = text_soft_q(LM, states=branch_states, temperature=0.7)(tilted, batch.inputs)
+    text, score_BG = branches(), np.ones((2, 3), np.float32)
+    logits, logits_ref = (np.asarray(texts_of(p, text)[0], np.float64) / 0.7 for p in (TILTED, POLICY))
+    batch, given = soft_batches(0.7)(POLICY, TILTED, text, score_BG)
     values = text_values(LM, states=branch_states, temperature=0.7)
-    cloned = values.evaluate(init_text_values(jax.random.key(1), LM, tilted), text).logp
-    nothing: Any = None  # state and generation, which are not read
     as_batch = soft_q_batch(LM, temperature=0.7)
-    on_policy = as_batch(nothing, Frozen(POLICY, None), text, nothing, jnp.ones((2, 3)))
-    mask, token = np.asarray(batch.mask), text.completion_BGC[..., None]
-    expected = jax.nn.logsumexp(logits, axis=-1) - jax.nn.logsumexp(logits_ref, axis=-1)
-    np.testing.assert_allclose(given.log_partition[mask], expected[mask], rtol=1e-3, atol=1e-4)
-    logp, logp_ref = (
-        jnp.take_along_axis(jax.nn.log_softmax(x), token, axis=-1)[..., 0][mask] for x in (logits, logits_ref)
-    )
+    nothing: Any = None  # state and generation, which are not read
+
+    @jax.jit
+    def others(key, reference, params, text, score_BG):
+        cloned = values.evaluate(init_text_values(key, LM, params), text).logp
+        return cloned, as_batch(nothing, Frozen(reference, None), text, nothing, score_BG).logp_ref
+
+    cloned, on_policy = others(jax.random.key(1), POLICY, TILTED, text, score_BG)
+    mask, token = np.asarray(batch.mask), text.completion_BGC
+    expected = logsumexp(logits) - logsumexp(logits_ref)
+    np.testing.assert_allclose(np.asarray(given.log_partition)[mask], expected[mask], rtol=1e-3, atol=1e-4)
+    logp, logp_ref = (at(log_softmax(x), token)[mask] for x in (logits, logits_ref))
     for found, wanted in (
         (given.logp, logp),
         (cloned, logp),
         (batch.logp_ref, logp_ref),
-        (on_policy.logp_ref, logp_ref),
+        (on_policy, logp_ref),
     ):
         assert found is not None
-        np.testing.assert_allclose(found[mask], wanted, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(found)[mask], wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_the_reference_is_the_optimum_of_no_reward():
     """The shift: with reward 0 a policy that starts as the reference has error 0 and V = 0 from the first step."""
-    batch = soft_batch(LM, POLICY, rated_episodes(branches(), jnp.zeros((2, 3))), states=branch_states)
+    batch, _ = soft_batches()(POLICY, POLICY, branches(), np.zeros((2, 3), np.float32))
     loss = functools.partial(
         soft_q.loss, evaluate=text_soft_q(LM, states=branch_states), config=SoftQ(steps=(1, 0))
     )
@@ -302,9 +357,9 @@ def test_on_policy_iterations_run_through_the_same_loop():
     algorithm = soft_q.make(text_soft_q(LM, states=branch_states), optax.adam(3e-3), config)
     loop = make_rlhf(LM, algorithm, soft_q_batch(LM), policy=lambda params: params, **options)
     iterate = jax.jit(loop.iterate)
-    state, scores = algorithm.init(POLICY), []
-    for key in jax.random.split(jax.random.key(0), 40):
-        state, metrics, _ = iterate(state, Frozen(POLICY, None), prompts, key)
+    state, scores = jax.jit(algorithm.init)(POLICY), []
+    for i in range(40):
+        state, metrics, _ = iterate(state, Frozen(POLICY, None), prompts, jax.random.key(i))
         scores.append(float(metrics["objective/score"]))
     assert np.mean(scores[-10:]) > np.mean(scores[:10]) + 0.1
 
@@ -316,7 +371,7 @@ def test_on_policy_iterations_run_through_the_same_loop():
         **values.target(),
     )
     loop = make_rlhf(LM, td, value_batch(), **options)
-    before = td.init(params())
+    before = jax.jit(td.init)(params())
     after, metrics, _ = jax.jit(loop.iterate)(before, Frozen(POLICY, None), prompts, jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, after.params["policy"], before.params["policy"])
     assert metrics["batch/count"] == 4 * 4 * 3 and np.isfinite(metrics["loss/q"])
@@ -326,13 +381,14 @@ def test_on_policy_iterations_run_through_the_same_loop():
 
 
 def test_only_the_best_episodes_are_cloned():
-    mask = jnp.asarray([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]], bool)
-    reward = jnp.asarray(
-        [[1.0, 1.0, 9.0], [2.0, 9.0, 1.0], [0.0, 1.0, 2.0], [jnp.nan, 9.0, 9.0], [0, 0, 1.0]]
+    mask = np.asarray([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]], bool)
+    reward = np.asarray(
+        [[1.0, 1.0, 9.0], [2.0, 9.0, 1.0], [0.0, 1.0, 2.0], [np.nan, 9.0, 9.0], [0, 0, 1.0]], np.float32
     )
-    rows = ilql.Episodes({}, jnp.where(mask, reward, jnp.nan).at[3, 0].set(jnp.nan), mask)
+    reward = np.where(mask, reward, np.float32(np.nan))
+    rows = ilql.Episodes({}, jnp.asarray(reward), jnp.asarray(mask))
     for fraction, kept in ((0.2, [1]), (0.3, [1, 2]), (0.6, [0, 1, 2]), (1.0, [0, 1, 2, 4])):
-        weight = cloned_episodes(rows, fraction).weight
+        weight = jax.jit(cloned_episodes, static_argnums=1)(rows, fraction).weight
         expected = np.where(np.isin(np.arange(5), kept)[:, None], mask, False)
         np.testing.assert_array_equal(weight, expected.astype(np.float32))
     with pytest.raises(ValueError, match="fraction=0.0 must lie"):
@@ -340,10 +396,13 @@ def test_only_the_best_episodes_are_cloned():
 
 
 def test_cloning_turns_takes_the_agents_words_only():
-    batch = cloned_episodes(episodes(), 0.5)
-    total, sums = sft.loss(POLICY, batch, evaluate=text_logp(LM), config=SFT())
-    states = turn_states(LM, POLICY, episodes().inputs)
-    logp = np.asarray(jax.nn.log_softmax(LM.logits(POLICY, states.before)))
-    expected = -sum(logp[0, t, int(states.token[0, t])] for t in (0, 1, 5))
+    @jax.jit
+    def loss(params, episodes):
+        return sft.loss(params, cloned_episodes(episodes, 0.5), evaluate=text_logp(LM), config=SFT())
+
+    total, sums = loss(POLICY, episodes())
+    states, logits = turns_of(POLICY, episodes().inputs)
+    logp, token = log_softmax(logits), np.asarray(states.token)
+    expected = -sum(logp[0, t, token[0, t]] for t in (0, 1, 5))
     np.testing.assert_allclose(total, expected, rtol=1e-4)
     assert sums["count"] == 3

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 from tiny_text import WORDS, write_base, write_pairs
 
 from experiments.stages import configs, evaluation, methods, offline, policy, preferences, ratings, text
@@ -109,12 +110,12 @@ def test_samples_do_not_depend_on_how_they_are_grouped(loaded, train):
     key = jax.random.key(5)
     out = preferences.sample_policy(loaded, loaded.base, train, rows, key, temperatures=temperatures, batch=2)
     prompts = loaded.batch(train, rows)
-    whole = generate(
-        loaded.lm,
+    whole = compiled(
+        partial(generate, loaded.lm),
         loaded.base,
         prompts.token_BP,
         prompts.mask_BP,
-        sample_keys(key, prompts.index_B, samples),
+        compiled(lambda key: sample_keys(key, jnp.asarray(prompts.index_B), samples), key),
         max_new_tokens=loaded.config.completion_length,
         stop_tokens=loaded.stop_tokens,
         sampling=Sampling(jnp.tile(jnp.asarray(temperatures, jnp.float32), 3)),
@@ -187,8 +188,19 @@ def plain_hidden(lm, params, token_BT):
     return lm.apply(params, token_BT, position_BT=position_BT, mask_BTS=mask)[0]
 
 
+@partial(jax.jit, static_argnums=0)
 def plain_logits(lm, params, token_BT):
     return lm.logits(params, plain_hidden(lm, params, token_BT))
+
+
+completion_logp_of = jax.jit(completion_logp, static_argnums=0)
+advantage_of = jax.jit(q_advantage)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def sequence_logp(loaded, params, prompt, completion, temperature) -> float:
@@ -437,7 +449,7 @@ def test_soft_q_tilts_the_policy_towards_what_was_rated_high(loaded, train, judg
     lm, tuned = offline.train_soft_q("soft_q", stage, problem_of(loaded, train), rated, folder)
     branches = branches_of(loaded, train, rated)
     logp, logp_ref = (
-        np.sum(completion_logp(lm, params, branches, TEMPERATURE), axis=2, where=rated.mask_BGC)
+        np.sum(completion_logp_of(lm, params, branches, TEMPERATURE), axis=2, where=rated.mask_BGC)
         for params in (tuned, loaded.base)
     )
     log_ratio, score = logp - logp_ref, rated.score_BG
@@ -462,7 +474,9 @@ class Guided(NamedTuple):
 @pytest.fixture(scope="module")
 def guided_policies(loaded, tmp_path_factory) -> Guided:
     stage = configs.ILQLStage(temperature=TEMPERATURE, kl_weight=0.4, curve=(0.1,))
-    params = init_text_values(jax.random.key(3), loaded.lm, loaded.base)
+    params = compiled(
+        lambda key, base: init_text_values(key, loaded.lm, base), jax.random.key(3), loaded.base
+    )
     writer = offline.guided_writer(stage, problem_of(loaded, loaded.load("train")), params)
     generations = []
 
@@ -517,10 +531,11 @@ def test_the_kl_of_a_guided_policy_is_that_of_its_distribution(guided_policies, 
             row = np.zeros((1, 16), np.int32)
             row[0, : len(prompts[b]) + len(completion)] = [*prompts[b], *completion]
             at = slice(len(prompts[b]) - 1, len(prompts[b]) - 1 + len(completion))
-            logits = plain_logits(loaded.lm, loaded.base, jnp.asarray(row))[0, at] / TEMPERATURE
-            tilt = q_advantage(values, plain_hidden(loaded.lm, values["trunk"], jnp.asarray(row)))[0, at]
+            logits = np.asarray(plain_logits(loaded.lm, loaded.base, row))[0, at] / TEMPERATURE
+            hidden = plain_hidden(loaded.lm, values["trunk"], row)
+            tilt = np.asarray(advantage_of(values, hidden))[0, at]
             taken = np.arange(len(completion)), np.asarray(completion)
-            kl = (jax.nn.log_softmax(logits + tilt / weight) - jax.nn.log_softmax(logits))[taken].sum()
+            kl = (log_softmax(logits + tilt / weight) - log_softmax(logits))[taken].sum()
             assert found.kl[b] == pytest.approx(float(kl), abs=1e-3), (label, b)
         assert np.abs(found.kl).max() > 0.05
     # A point of the curve is decoded at the rollouts' temperature only.
