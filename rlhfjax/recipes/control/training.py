@@ -51,7 +51,9 @@ def train(
     """A whole run in one program: `jit` it with `iterations` static, `vmap` it over keys for seeds.
 
     Iteration i takes the key `fold_in(key, i)`, and the start `fold_in(key, 2 ** 31 - 1)`. So a run that is stopped
-    after iteration k - 1 and goes on with the same key, `run=` its state and `first=k` has the same bits.
+    after iteration k - 1 goes on with the same key, `run=` its state and `first=k` as if it had not been; to the same
+    bits where both are made of parts of equal length. Scans of unequal length are different programs, which may round
+    differently.
 
     Returns:
       run, metrics: of every iteration, [iterations].
