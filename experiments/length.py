@@ -31,11 +31,9 @@ class Config:
 
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages; returns the numbers of summary.json."""
-    import numpy as np
-
     from experiments.stages import evaluation, finetune, policy, report, text
+    from experiments.stages.lengths import wanted_words
     from rlhfjax.report import write_report
-    from rlhfjax.rewards import length_reward, word_table
 
     loaded = text.open_text(config.text)
     train = loaded.load("train")
@@ -43,20 +41,7 @@ def run(config: Config, folder) -> dict[str, float]:
     policy.check(config.ppo, len(rl_rows))
     heldout = loaded.load("validation")  # early: a missing split should not cost the training
     reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)
-
-    size = loaded.lm.config.vocab_size
-    words = length_reward(
-        float(config.words),
-        word_table([loaded.tokenizer.token_bytes(i) for i in range(loaded.tokenizer.vocab_size)], size),
-    )
-
-    def reward(params, branches):
-        return words(params, branches.completion_BGC, branches.completion_mask_BGC)
-
-    def gold(rows, texts):
-        del rows
-        return np.asarray([[-abs(len(x.split()) - config.words) for x in xs] for xs in texts], np.float64)
-
+    reward, gold = wanted_words(loaded, config.words)
     problem = policy.Problem(loaded, reference, reward, None, train, rl_rows, gold)
     learner = policy.ppo_learner(config.ppo, problem, reference)
     tuned = policy.optimise_policy("ppo", config.ppo, learner, problem, folder)

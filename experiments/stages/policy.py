@@ -17,6 +17,7 @@ from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import batch_indices
 from rlhfjax.networks import init_scalar_head
 from rlhfjax.recipes import (
+    RLHF,
     AsBatch,
     Experience,
     Frozen,
@@ -175,10 +176,15 @@ def _algorithm(config: Config, evaluate: Callable[..., Any]) -> Algorithm:
     return sft.make(evaluate, optimizer, config.algorithm)
 
 
-def optimise_policy(name: str, config: Config, learner: Learner, problem: Problem, folder: RunFolder) -> dict:
-    """Runs the stage `name` from the reference; returns the policy's parameters."""
-    text, examples = problem.text, problem.examples
-    rlhf = make_rlhf(
+def run_key(seed: jax.Array | int) -> jax.Array:
+    """The key that a run's iterations fold theirs from."""
+    return jax.random.fold_in(jax.random.key(seed), 4)
+
+
+def compose(config: Config, learner: Learner, problem: Problem) -> RLHF:
+    """The iteration of a method; float settings may be traced."""
+    text = problem.text
+    return make_rlhf(
         text.lm,
         learner.algorithm,
         learner.as_batch,
@@ -191,8 +197,14 @@ def optimise_policy(name: str, config: Config, learner: Learner, problem: Proble
         greedy=_greedy(config),
         policy=learner.policy,
     )
+
+
+def optimise_policy(name: str, config: Config, learner: Learner, problem: Problem, folder: RunFolder) -> dict:
+    """Runs the stage `name` from the reference; returns the policy's parameters."""
+    text, examples = problem.text, problem.examples
+    rlhf = compose(config, learner, problem)
     iterate = jax.jit(rlhf.iterate, donate_argnums=0)
-    key = jax.random.fold_in(jax.random.key(folder.seed), 4)
+    key = run_key(folder.seed)
     frozen = Frozen(problem.reference, problem.reward_params)
 
     def init():
