@@ -45,8 +45,8 @@ def run(config: Config, folder) -> dict[str, float]:
     many.optimise_policies(
         "ppo", config.ppo, lambda ppo: policy.ppo_learner(ppo, problem, reference), problem, grid, folder
     )
-    sections, numbers = many.grid_sections("ppo", grid, folder)
-    print(f"\n{markdown_table(sections[0].table)}")
+    table, sections, numbers = many.grid_sections("ppo", grid, folder)
+    print(f"\n{markdown_table(table)}")
     write_report(
         folder.path,
         f"Completions of {config.words} words: {len(grid.seed_R)} runs, seed {folder.seed}",

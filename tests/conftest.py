@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.option.markexpr == "not slow":
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
-        if jax.version.__version_info__ < (0, 11):  # later ones abort at a flag that they do not know
+        if jax.__version_info__ < (0, 11):  # later ones abort at a flag that they do not know
             flags.append("--xla_cpu_use_fusion_emitters=false")
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     cache = getattr(config, "cache", None)

@@ -183,11 +183,12 @@ def test_a_time_out_of_the_reward_itself_is_told_as_such():
 
 
 def test_a_pool_that_cannot_be_is_refused():
-    for words, options in (
+    refused: list[tuple[str, dict[str, Any]]] = [
         ("workers=0", {"workers": 0}),
         ("batch=0", {"batch": 0}),
         ("timeout=0", {"timeout": 0.0}),
-    ):
+    ]
+    for words, options in refused:
         with pytest.raises(ValueError, match=words):
             RewardPool({"f": lengths}, {"f": 1.0}, **options)
     with pytest.raises(ValueError, match="must name the rewards"):

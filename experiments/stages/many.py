@@ -5,7 +5,7 @@ Shapes: R runs, H settings that differ, S seeds, N steps, B prompts, P prompt le
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ def check_grid(config: PPOStage, grid: Grid, available: int) -> None:
         check(with_values(config, grid.names, [float(x) for x in value_H]), available)
 
 
-def with_values(config: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
+def with_values(config: Any, names: Sequence[str], values: Iterable[Any]) -> Any:
     """`config` with the values at the dotted paths; they may be traced."""
     for name, value in zip(names, values, strict=True):
         head, _, rest = name.partition(".")
@@ -164,8 +164,8 @@ def _by_run(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{key}/run_{run}": value for key, value_R in values.items() for run, value in enumerate(value_R)}
 
 
-def grid_sections(name: str, grid: Grid, folder: RunFolder) -> tuple[list[Section], dict[str, float]]:
-    """The table of settings, their curves, and the numbers of summary.json.
+def grid_sections(name: str, grid: Grid, folder: RunFolder) -> tuple[Table, list[Section], dict[str, float]]:
+    """The table of settings, the report's sections with it, and the numbers of summary.json.
 
     A run is told by its mean over the last quarter of its steps.
     """
@@ -201,13 +201,18 @@ def grid_sections(name: str, grid: Grid, folder: RunFolder) -> tuple[list[Sectio
         )
         for metric, label in SHOWN.items()
     ]
-    return [
-        Section("Settings", text, Table(["setting", *SHOWN.values()], rows)),
-        figure_section(
-            "Curves",
-            "Means over the seeds, and from the lowest to the highest.",
-            {"Along the steps": lambda path: plot_bands(path, bands)},
-            folder,
-            name,
-        ),
-    ], numbers
+    table = Table(["setting", *SHOWN.values()], rows)
+    return (
+        table,
+        [
+            Section("Settings", text, table),
+            figure_section(
+                "Curves",
+                "Means over the seeds, and from the lowest to the highest.",
+                {"Along the steps": lambda path: plot_bands(path, bands)},
+                folder,
+                name,
+            ),
+        ],
+        numbers,
+    )

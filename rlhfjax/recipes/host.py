@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.generation import Generation
@@ -52,14 +53,12 @@ def host_iterations(
     while batch is not None:
         prompts, key = batch
         key_rollout, key_learn = jax.random.split(key)
-        if generation is None:
-            generation = rollout(state, prompts, key_rollout)
-        wait = score(prompts, generation)
-        batch, following = next(remaining, None), None
+        drawn = rollout(state, prompts, key_rollout) if generation is None else generation
+        wait = score(prompts, drawn)
+        batch, generation = next(remaining, None), None
         if ahead and batch is not None:
-            following = rollout(state, batch[0], jax.random.split(batch[1])[0])
-        score_BG = np.asarray(wait(), np.float32)
-        experience = Experience(as_branches(prompts, generation), generation, score_BG)
-        state, metrics = learn(state, frozen, prompts, generation, score_BG, key_learn)
-        generation = following
-        yield HostIteration(state, metrics, experience, following)
+            generation = rollout(state, batch[0], jax.random.split(batch[1])[0])
+        score_BG = jnp.asarray(wait(), jnp.float32)
+        experience = Experience(as_branches(prompts, drawn), drawn, score_BG)
+        state, metrics = learn(state, frozen, prompts, drawn, score_BG, key_learn)
+        yield HostIteration(state, metrics, experience, generation)

@@ -112,10 +112,11 @@ class RewardPool:
                 try:
                     score_N[part] = future.result(left)
                 except TimeoutError:
+                    which = f"{_samples(part.start, part.stop)} of {len(completions)}"
                     raise TimeoutError(
                         f"rewards {list(self._functions)} gave no answer within {self._timeout:g} s for "
-                        f"{_samples(part.start, part.stop)} of {len(completions)} ({_clip(completions[part.start])}); "
-                        "give a longer timeout, smaller batches or more workers"
+                        f"{which} ({_clip(str(completions[part.start]))}); give a longer timeout, "
+                        "smaller batches or more workers"
                     ) from None
             return score_N
 
