@@ -53,6 +53,7 @@ TOKENS = {
     "reward_model": 4 * 2 * (3 + 5),
     "ppo": 4 * 5,
     "ppo_grouped": 4 * 5,
+    "ppo_seeds": 2 * 4 * 5,
     "control_ppo": 0,
     "control_pqn": 0,
     "control_dqn": 0,

@@ -175,6 +175,25 @@ def ppo_grouped(sizes: Sizes) -> Case:
     return ppo_iteration(sizes, samples=sizes.samples)
 
 
+def ppo_seeds(sizes: Sizes) -> Case:
+    """An iteration of PPO of several runs in one program, one sample of each prompt; counts the tokens of all."""
+    one, runs = ppo_iteration(sizes, samples=1), sizes.seeds
+    if runs < 1:
+        raise ValueError(f"--seeds {runs} must be at least 1")
+
+    def step(states, inputs, key):
+        return jax.vmap(one.step, in_axes=(0, None, 0))(states, inputs, jax.random.split(key, runs))
+
+    return one._replace(
+        step=step,
+        state=jax.tree.map(lambda x: jnp.repeat(x[None], runs, axis=0), one.state),
+        tokens=runs * one.tokens,
+        count=lambda outputs: one.count(outputs).sum(),
+        flops=runs * one.flops,
+        sizes=one.sizes | {"seeds": runs},
+    )
+
+
 def ppo_iteration(sizes: Sizes, samples: int) -> Case:
     """One program: rollout, reward model, reference, critic, then one epoch of one minibatch.
 
@@ -286,6 +305,7 @@ CASES: dict[str, Callable[[Sizes], Case]] = {
     "reward_model": reward_learning,
     "ppo": ppo_single,
     "ppo_grouped": ppo_grouped,
+    "ppo_seeds": ppo_seeds,
     "control_ppo": control_ppo_run,
     "control_pqn": control_pqn_run,
     "control_dqn": control_dqn_run,
