@@ -7,6 +7,7 @@ The lines of step s are on the disk before checkpoint s. After restoring checkpo
 dropped and written again.
 """
 
+import contextlib
 import functools
 import io
 import math
@@ -96,9 +97,14 @@ def run_stage(
                 word = "done" if done >= steps else "continues"
                 view.note(f"{word}: checkpoint of step {done} of {steps}")
             report = _reporter(name, folder, view, steps, done, nullable, show)
+            # Two steps may compile: the first, and one that meets the first one's outputs.
+            traced = range(min(done + 2, steps - 1), steps)[: folder.profile]
             late = None  # a step with metrics not fetched yet: fetching at once would leave the device idle
             for i in range(done, steps):
-                state, *out = step(state, i) if batch is None else step(state, batch(i), i)
+                with _trace(name, i, folder, view) if i in traced else contextlib.nullcontext():
+                    state, *out = step(state, i) if batch is None else step(state, batch(i), i)
+                    if i in traced:
+                        jax.block_until_ready(state)
                 if late:
                     report(*late)
                 late = (i + 1, *out)
@@ -196,6 +202,15 @@ def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], State]) -> 
             f"Delete the folder checkpoints/{name} of the run to do this stage anew"
         )
     return 0, state
+
+
+def _trace(
+    name: str, i: int, folder: RunFolder, view: console.StageView
+) -> contextlib.AbstractContextManager[Any]:
+    """Writes what device and host do in step i to profile/NAME/step-NUMBER."""
+    path = folder.path / "profile" / name / f"step-{i + 1}"
+    view.note(f"step {i + 1} is traced in {path}")
+    return jax.profiler.trace(path)
 
 
 def _reporter(

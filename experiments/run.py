@@ -47,6 +47,8 @@ class RunOptions:
     """Folder of this run. None: runs/NAME/TIME-sSEED."""
     resume: Path | None = None
     """Folder of an earlier run, to continue it with its own options."""
+    profile: int = 0
+    """Steps of each stage to trace, after two that may compile; the traces go to profile/STAGE of the run."""
     log: str = "jsonl"
     """Where metrics go, comma-separated: jsonl (always), tensorboard, wandb, trackio."""
     list: Flag = False
@@ -71,6 +73,8 @@ def main(arguments: Sequence[str] | None = None, directory: Path = HERE) -> int:
             print(write_yaml(record), end="")
             return 0
         tracking.parse_names(options.log)
+        if options.profile < 0:
+            raise ValueError(f"--profile {options.profile} must be at least 0 steps")
         folder = open_folder(name, options, record)
         with run_folder.lock(folder.path):
             return execute(module, config, folder, options, record)
@@ -140,7 +144,7 @@ def execute(
         options.log, folder.path, record, f"{folder.experiment}/{folder.path.name}"
     )
     try:
-        summary = module.run(config, dataclasses.replace(folder, tracker=tracker))
+        summary = module.run(config, dataclasses.replace(folder, tracker=tracker, profile=options.profile))
         folder.write_summary(summary)
     except KeyboardInterrupt:
         print(console.interrupted_lines(folder), file=sys.stderr)

@@ -8,6 +8,7 @@
     summary.json       flat name -> final number
     arrays/NAME.npz    results computed once between stages
     checkpoints/STAGE/ the state of each stage
+    profile/STAGE/     traces of `--profile`, for TensorBoard or Perfetto
 
 `metrics.jsonl` and `samples.jsonl` of a run that was killed and resumed equal, byte for byte, those of one
 never stopped: lines are appended whole, a half-written last line is repaired when the folder is opened, and
@@ -40,13 +41,14 @@ class RunFolder:
     """One run: where it writes, and the settings the runner gave it.
 
     `seed` is the root of all randomness of the run. `max_steps`, where given, caps the steps of every stage
-    (a smoke run).
+    (a smoke run). `profile` is how many steps of each stage are traced.
     """
 
     path: Path
     experiment: str = "experiment"
     seed: int = 0
     max_steps: int | None = None
+    profile: int = 0
     tracker: Tracker = field(default_factory=silent)
 
     def checkpoints(self, stage: str) -> Path:

@@ -152,6 +152,24 @@ def test_max_steps_caps_every_stage(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("profile", "steps", "traced"), [(0, 5, []), (2, 5, [3, 4]), (9, 4, [3, 4]), (1, 1, [1])]
+)
+def test_steps_are_traced_where_it_is_asked_for(tmp_path, capsys, profile, steps, traced):
+    folder = run_folder.RunFolder(tmp_path, profile=profile)
+    state = loop.run_stage(
+        "sft",
+        folder=folder,
+        init=lambda: jnp.float32(0),
+        step=lambda state, i: (state + 1, {"x": state}),
+        steps=steps,
+    )
+    assert float(state) == steps
+    files = {path.relative_to(tmp_path / "profile").parts[:2] for path in tmp_path.rglob("*.xplane.pb")}
+    assert files == {("sft", f"step-{i}") for i in traced}
+    assert ("is traced in" in capsys.readouterr().out) == bool(traced)
+
+
 def test_metrics_are_fetched_while_the_next_step_runs(tmp_path, monkeypatch):
     events = []
     folder = folder_at(tmp_path / "run")

@@ -45,7 +45,7 @@ class Sizes:
     memory_vocab_size: int = 50_000
     """Vocabulary of the memory cases."""
     seeds: int = 1
-    """Runs trained together in the control cases, by `vmap`."""
+    """Runs trained together in ppo_seeds and the control cases, by `vmap`."""
     control_iterations: int = 100
     """Iterations of acting and learning in one step of a control case, one program."""
     matmul_size: int = 2048
