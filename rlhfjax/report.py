@@ -261,6 +261,8 @@ def markdown_text(text: str, *, longest: int = 0) -> str:
 def write_report(folder: str | os.PathLike[str], title: str, sections: Sequence[Section]) -> Path:
     """Writes `folder/report.md` and returns its path. Figures are linked relative to the folder.
 
+    A figure's path may be absolute, begin with `folder` as it is given here, or start from it.
+
     Raises:
       FileNotFoundError: a figure is not there.
     """
@@ -273,7 +275,9 @@ def write_report(folder: str | os.PathLike[str], title: str, sections: Sequence[
         if section.table is not None:
             parts.append(markdown_table(section.table))
         for path, caption in section.figures:
-            figure = folder / path  # an absolute path stays as it is
+            figure = Path(path)
+            if not figure.is_relative_to(folder):
+                figure = folder / path  # an absolute path stays as it is
             if not figure.is_file():
                 raise FileNotFoundError(
                     f"section {section.title!r} shows the figure {figure}, which is not there"

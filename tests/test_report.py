@@ -178,6 +178,16 @@ def test_write_report(tmp_path: Path):
     assert path.read_text().startswith("# summarize"), "a failed report destroyed the one before it"
 
 
+def test_figures_may_begin_with_the_folder_as_it_is_given(tmp_path, monkeypatch):
+    """As drawing functions return them in a run whose folder is named from where the program runs."""
+    (tmp_path / "runs" / "one" / "figures").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "figures" / "a.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/one/figures/a.png", "figures/a.png"):
+        written = report.write_report("runs/one", "title", [Section("Drawn", figures=[(path, "a")])])
+        assert "![a](<figures/a.png>)" in written.read_text()
+
+
 def test_running_mean_is_centred_and_skips_gaps():
     values = np.asarray([1.0, 2.0, math.nan, 4.0, 9.0, math.nan, math.nan, math.nan])
     expected = []
