@@ -182,6 +182,33 @@ def test_a_time_out_of_the_reward_itself_is_told_as_such():
         pool.submit(PROMPTS, COMPLETIONS)()
 
 
+def test_scores_that_were_not_begun_when_the_pool_was_closed_are_told_missing():
+    free, begun = threading.Event(), threading.Event()
+
+    def waits(prompts, completions):
+        begun.set()
+        free.wait()
+        return [1.0]
+
+    pool = RewardPool({"f": waits}, {"f": 1.0}, workers=1, batch=1)
+    scores = pool.submit(PROMPTS, COMPLETIONS)
+    assert begun.wait(30)
+    pool.close()
+    free.set()
+    with pytest.raises(RuntimeError, match="closed before sample 1 had been scored"):
+        scores()
+
+
+def test_one_text_in_place_of_a_list_is_refused():
+    for prompts, completions, columns, name in (
+        ("pqr", COMPLETIONS, {}, "prompts"),
+        (PROMPTS, "abc", {}, "completions"),
+        (PROMPTS, COMPLETIONS, {"reference": "xyz"}, "reference"),
+    ):
+        with pytest.raises(TypeError, match=f"'{name}' must be a list"):
+            score_on_host({"f": giving(1, 2, 3)}, {"f": 1.0}, prompts, completions, columns)
+
+
 def test_a_pool_that_cannot_be_is_refused():
     refused: list[tuple[str, dict[str, Any]]] = [
         ("workers=0", {"workers": 0}),
