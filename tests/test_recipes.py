@@ -521,6 +521,21 @@ def test_a_run_with_completions_drawn_ahead_goes_on_where_it_stopped():
     assert_same_move(rest.state, whole.state)
 
 
+def test_what_is_not_of_the_batch_is_refused_by_name(generation):
+    def run(score, given=None, batches=BATCHES):
+        next(host_iterations(RLHF, score, fresh_start(), FROZEN, batches, generation=given))
+
+    with pytest.raises(ValueError, match=r"scores of shape \(8,\) for completions \[B, G\] = \(4, 2\)"):
+        run(lambda prompts, generation: lambda: reward_on_host(generation).ravel())
+    few = jax.tree.map(lambda x: np.asarray(x)[:3], generation)
+    with pytest.raises(ValueError, match="completions of 3 prompts, the first batch has 4"):
+        run(score_late, few)
+    stacked = jax.tree.map(lambda *x: np.stack([np.asarray(y) for y in x]), make_prompts(1), make_prompts(2))
+    for keys in (jax.random.split(jax.random.key(0), 3), jax.random.key(0)):
+        with pytest.raises(ValueError, match="must share a first axis of at least 1 iteration"):
+            iterate_many(RLHF, start(), FROZEN, stacked, keys)
+
+
 def test_a_reward_that_raises_loses_no_state():
     def broken(prompts, generation):
         raise RuntimeError("no judge today")

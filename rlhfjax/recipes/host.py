@@ -46,6 +46,8 @@ def host_iterations(
 
     Without `ahead` an iteration is `rlhf.iterate`. What `score` raises comes out of the iterator, and no state is lost
     by it: the last that was yielded is still there.
+
+    Raises ValueError where `generation` or the scores are not of the batch's prompts and samples.
     """
     rollout, learn = jax.jit(rlhf.rollout), jax.jit(rlhf.learn, donate_argnums=0)
     remaining = iter(batches)
@@ -54,11 +56,20 @@ def host_iterations(
         prompts, key = batch
         key_rollout, key_learn = jax.random.split(key)
         drawn = rollout(state, prompts, key_rollout) if generation is None else generation
+        if drawn.token_BGC.shape[0] != prompts.index_B.shape[0]:
+            raise ValueError(
+                f"generation holds completions of {drawn.token_BGC.shape[0]} prompts, the first batch has "
+                f"{prompts.index_B.shape[0]}: give it with the batch that it was drawn for"
+            )
         wait = score(prompts, drawn)
         batch, generation = next(remaining, None), None
         if ahead and batch is not None:
             generation = rollout(state, batch[0], jax.random.split(batch[1])[0])
         score_BG = jnp.asarray(wait(), jnp.float32)
+        if score_BG.shape[:2] != drawn.token_BGC.shape[:2]:
+            raise ValueError(
+                f"score gave scores of shape {score_BG.shape} for completions [B, G] = {drawn.token_BGC.shape[:2]}"
+            )
         experience = Experience(as_branches(prompts, drawn), drawn, score_BG)
         state, metrics = learn(state, frozen, prompts, drawn, score_BG, key_learn)
         yield HostIteration(state, metrics, experience, generation)

@@ -149,7 +149,15 @@ def iterate_many(
 
     Returns:
       state, metrics with a first axis K, and the last iteration's experience.
+
+    Raises ValueError where K is 0, or not the same for prompts and keys.
     """
+    lengths = {x.shape[0] if x.ndim else None for x in (*prompts, key_K)}
+    if len(lengths) != 1 or lengths & {0, None}:
+        raise ValueError(
+            f"prompts and keys must share a first axis of at least 1 iteration, got prompts {prompts.token_BP.shape} "
+            f"and keys {key_K.shape}"
+        )
 
     def one(carry, x):
         state, metrics, experience = rlhf.iterate(carry[0], frozen, *x)
