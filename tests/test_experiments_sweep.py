@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
+from running import start
 from tiny_text import write_world
 
-from experiments import run
+from experiments import run, sweep
+from experiments.options import flatten, override, to_mapping
 from experiments.stages.configs import PPOStage
 from experiments.stages.many import make_grid, with_values
 from rlhfjax.run_folder import read_lines
@@ -24,17 +25,6 @@ BITWISE = ("metrics.jsonl", "summary.json")
 def settings(tmp_path_factory) -> dict[str, Any]:
     world = write_world(tmp_path_factory.mktemp("world"))
     return {name: world[name] for name in ("text", "sft", "ppo")} | {"words": 2}
-
-
-@pytest.fixture(autouse=True)
-def no_cache_of_its_own(monkeypatch):
-    monkeypatch.setenv("RLHFJAX_CACHE_DIR", "")
-
-
-def start(name: str, settings: dict[str, Any], folder: Path, *flags: str) -> int:
-    file = folder.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(settings))
-    return run.main([name, "--config", str(file), "--run-dir", str(folder), *flags])
 
 
 def ppo_lines(folder: Path) -> list[dict[str, Any]]:
@@ -85,8 +75,30 @@ def test_the_grid_holds_every_combination_with_every_seed():
     changed = with_values(PPOStage(), grid.names, [0.25, 0.9])
     assert changed.algorithm.kl_coefficient == 0.25 and changed.temperature == 0.9
     assert changed.optimizer == PPOStage().optimizer and changed.algorithm.epochs == 1
+    one = make_grid(PPOStage(), [VARY[0], "temperature=0.9"], 1, first_seed=0)
+    assert one.label(1) == "kl_coefficient 0.5" and one.value_RH[1, 1] == np.float32(0.9)
     alone = make_grid(PPOStage(), [], 2, first_seed=0)
     assert alone.value_RH.shape == (2, 0) and alone.label(0) == "the settings"
+
+
+def test_every_float_may_differ(settings, tmp_path):
+    """Each of them traced, at the values that they have alone."""
+    stage = override(sweep.Config().ppo, settings["ppo"], source="the test")
+    floats = {path: x for path, x in flatten(to_mapping(stage)).items() if type(x) is float}
+    assert {"temperature", "missing_eos_penalty", "algorithm.clip_low", "optimizer.learning_rate"} <= set(
+        floats
+    )
+    vary = [f"{path}={value!r}" for path, value in floats.items()]
+    results = []
+    for name, chosen in (("traced", vary), ("constant", [])):
+        assert start("sweep", settings | {"seeds": 1, "vary": chosen}, tmp_path / name) == 0
+        results.append(ppo_lines(tmp_path / name))
+    for traced, constant in zip(*results, strict=True):
+        assert traced.keys() == constant.keys()
+        for metric, value in constant.items():
+            assert traced[metric] == (
+                value if metric == "stage" else pytest.approx(value, rel=5e-3, abs=1e-4)
+            ), metric
 
 
 @pytest.mark.parametrize(
@@ -96,6 +108,7 @@ def test_the_grid_holds_every_combination_with_every_seed():
         ({"vary": ["steps=1,2"]}, "'steps' is no float setting"),
         ({"vary": ["temperature"]}, "must read PATH=NUMBER,NUMBER"),
         ({"vary": ["temperature=hot"]}, "must read PATH=NUMBER,NUMBER"),
+        ({"vary": ["temperature=1,nan"]}, "must read PATH=NUMBER,NUMBER"),
         ({"vary": ["temperature=1", "temperature=2"]}, "names 'temperature' twice"),
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"ppo": {"prompts": 98}}, "asks for 98 prompts"),

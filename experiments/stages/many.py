@@ -5,6 +5,7 @@ Shapes: R runs, H settings that differ, S seeds, N steps, B prompts, P prompt le
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,9 +38,11 @@ class Grid(NamedTuple):
     seeds: int
 
     def label(self, run: int) -> str:
-        """The run's setting in words."""
-        values = zip(self.names, self.value_RH[run], strict=True)
-        return ", ".join(f"{name.split('.')[-1]} {value:g}" for name, value in values) or "the settings"
+        """The run's setting in words: the values that are not the same in all runs."""
+        differs_H = np.any(self.value_RH != self.value_RH[0], axis=0)
+        values = zip(self.names, self.value_RH[run], differs_H, strict=True)
+        parts = [f"{name.split('.')[-1]} {value:g}" for name, value, differs in values if differs]
+        return ", ".join(parts) or "the settings"
 
 
 def make_grid(config: PPOStage, vary: Sequence[str], seeds: int, first_seed: int) -> Grid:
@@ -61,15 +64,25 @@ def make_grid(config: PPOStage, vary: Sequence[str], seeds: int, first_seed: int
             )
         if path in columns:
             raise ValueError(f"vary names {path!r} twice; list all its values in one")
-        try:
-            columns[path] = [float(value) for value in listed.split(",")]
-        except ValueError as error:
+        columns[path] = _numbers(listed)
+        if not np.isfinite(columns[path]).all():
             raise ValueError(
                 f"vary {text!r} must read PATH=NUMBER,NUMBER, for example {path}={floats[path]:g},0.5"
-            ) from error
+            )
     rows = [row for row in itertools.product(*columns.values()) for _ in range(seeds)]
     seed_R = np.tile(np.arange(first_seed, first_seed + seeds, dtype=np.int32), len(rows) // seeds)
     return Grid(tuple(columns), np.array(rows, np.float32).reshape(len(rows), -1), seed_R, seeds)
+
+
+def _numbers(listed: str) -> list[float]:
+    """Numbers between commas; NaN for what is none."""
+    found = []
+    for text in listed.split(","):
+        try:
+            found.append(float(text))
+        except ValueError:
+            found.append(math.nan)
+    return found
 
 
 def check_grid(config: PPOStage, grid: Grid, available: int) -> None:
