@@ -7,6 +7,7 @@ is exercised on any machine), and an error wherever two arrays of unequal rank w
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["RLHFJAX_CACHE_DIR"] = ""  # experiments keep their compiled programs where the other tests do
 
 import jax
 import pytest

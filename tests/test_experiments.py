@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from running import start
 from tiny_text import WORDS, write_world
 
 from experiments import run, summarize
@@ -32,21 +33,9 @@ def settings(tmp_path_factory) -> dict[str, Any]:
     return write_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture(autouse=True)
-def no_cache_of_its_own(monkeypatch):
-    monkeypatch.setenv("RLHFJAX_CACHE_DIR", "")
-
-
 def changed(settings: dict[str, Any], **changes: dict[str, Any]) -> dict[str, Any]:
     """The settings with some keys of some sections replaced."""
     return settings | {name: settings[name] | section for name, section in changes.items()}
-
-
-def start(name: str, settings: dict[str, Any], folder: Path, *flags: str) -> int:
-    """Runs an experiment with `settings` from a YAML file beside its folder; returns the exit status."""
-    file = folder.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(settings))
-    return run.main([name, "--config", str(file), "--run-dir", str(folder), *flags])
 
 
 def bits(folder: Path) -> dict[str, bytes]:

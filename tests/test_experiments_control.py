@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
+from running import start
 
 from experiments import run
 from experiments.stages import control, control_scenes, control_tables
@@ -35,18 +35,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bandit": TINY | SECTIONS | {"tabular": TABULAR, "algorithms": "tabular,dqn"},
     "mountain_car": TINY | SECTIONS | {"tabular": TABULAR, "algorithms": "tabular,pqn"},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_cache_of_its_own(monkeypatch):
-    monkeypatch.setenv("RLHFJAX_CACHE_DIR", "")
-
-
-def start(name: str, settings: dict[str, Any], folder: Path, *flags: str) -> int:
-    """Runs an experiment with `settings` from a YAML file beside its folder; returns the exit status."""
-    file = folder.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(settings))
-    return run.main([name, "--config", str(file), "--run-dir", str(folder), *flags])
 
 
 def stages(folder: Path) -> list[str]:

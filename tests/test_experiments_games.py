@@ -4,7 +4,6 @@ that its numbers are those of the games."""
 import json
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from running import start
 
 from experiments import run
 from experiments.stages import games
@@ -39,18 +39,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "twenty_questions": TINY | {"things": 4, "turns": 4, "algorithms": "soft_q"},
     "star_graph": TINY | {"algorithms": "clone,dqn"},
 }
-
-
-@pytest.fixture(autouse=True)
-def no_cache_of_its_own(monkeypatch):
-    monkeypatch.setenv("RLHFJAX_CACHE_DIR", "")
-
-
-def start(name: str, settings: dict[str, Any], folder: Path, *flags: str) -> int:
-    """Runs an experiment with `settings` from a YAML file beside its folder; returns the exit status."""
-    file = folder.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(settings))
-    return run.main([name, "--config", str(file), "--run-dir", str(folder), *flags])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -81,6 +69,20 @@ def test_a_run_leaves_everything_behind(name, tmp_path, capsys):
     assert (folder / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "| player |" in capsys.readouterr().out
     assert "optimum/score" in summary and "the optimum, exact" in report
+
+
+def test_a_run_in_the_folder_of_runs_ends_with_its_report(tmp_path, monkeypatch, capsys):
+    """As a user types it: no --run-dir, so that the folder is named from where the program runs."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "star.yaml").write_text(yaml.safe_dump(SETTINGS["star_graph"] | {"algorithms": "clone"}))
+    assert run.main(["star_graph", "--config", "star.yaml"]) == 0
+    (folder,) = (tmp_path / "runs" / "star_graph").iterdir()
+    assert "![Score against updates](<figures/curves.png>)" in (folder / "report.md").read_text()
+    (folder / "report.md").unlink()
+    assert run.main(["--resume", str(folder.relative_to(tmp_path))]) == 0
+    assert (folder / "report.md").is_file() and (folder / "figures" / "curves.png").is_file()
+    assert f"Results are in {folder.relative_to(tmp_path)}" in capsys.readouterr().out
 
 
 def test_a_run_that_was_stopped_ends_in_the_same_bits(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from running import start
 from tiny_text import write_world
 
 from experiments import run
@@ -26,17 +26,6 @@ def settings(tmp_path_factory) -> dict[str, Any]:
     world["evaluation"] |= {"temperatures": [], "prompts": 4}
     world |= {"grpo": online, "rloo": online, "online_dpo": online, "raft": online, "dpo": offline}
     return world | {"ratings": {"prompts": 10}, "soft_q": offline, "ilql": offline | {"curve": [0.5]}}
-
-
-@pytest.fixture(autouse=True)
-def no_cache_of_its_own(monkeypatch):
-    monkeypatch.setenv("RLHFJAX_CACHE_DIR", "")
-
-
-def start(name: str, settings: dict[str, Any], folder: Path, *flags: str) -> int:
-    file = folder.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(settings))
-    return run.main([name, "--config", str(file), "--run-dir", str(folder), *flags])
 
 
 def stages(folder: Path) -> list[str]:

@@ -99,9 +99,8 @@ def count_up(name, folder, steps, **changes):
 
 
 @pytest.fixture
-def experiment(tmp_path, monkeypatch):
+def experiment(tmp_path):
     """Writes the experiment, keeping every checkpoint: so a copy never meets one that is being deleted."""
-    monkeypatch.setenv("RLHFJAX_CACHE_DIR", "")
     directory = tmp_path / "experiments"
     directory.mkdir()
     (directory / "three.py").write_text(EXPERIMENT.replace("KEEP", "100"))

@@ -67,7 +67,6 @@ def experiments(tmp_path, monkeypatch):
         (folder / f"{name}.py").write_text(FAKE.format(name=name))
     (folder / "helper.py").write_text("import jax\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("RLHFJAX_CACHE_DIR", "")
     return folder
 
 
@@ -223,6 +222,7 @@ def test_a_mistyped_flag_is_told_the_right_one(experiments, capsys):
         (["--run-dir", "experiments"], "experiments is there already"),
         (["--resume", "old", "--run-dir", "new"], "give one of them"),
         (["--config", "number.yaml"], "no experiment named '3'"),
+        (["--profile", "-1"], "--profile -1 must be at least 0 steps"),
         (["--config", "seed.yaml"], "seed.yaml: seed must be a whole number, not 'x'"),
     ],
 )
