@@ -23,7 +23,7 @@ class Config(Learning):
     clone: CloneStage = field(default_factory=lambda: CloneStage(steps=600))
     ilql: ValueStage = field(
         default_factory=lambda: value_stage(
-            discount=0.99, expectile=0.8, polyak=0.2, betas=(1.0, 16.0, 4.0), steps=4000
+            "value", discount=0.99, expectile=0.8, polyak=0.2, betas=(1.0, 16.0, 4.0), steps=4000
         )
     )
     monte_carlo: ValueStage = field(

@@ -73,7 +73,7 @@ class Play:
 
 
 def value_stage(
-    bootstrap: str = "value",
+    bootstrap: str,
     *,
     betas: tuple[float, ...],
     polyak: float = 1.0,
