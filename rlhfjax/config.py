@@ -275,8 +275,11 @@ class Decoder:
     """Deviation of the embeddings' initialisation."""
     dtype: str = "float32"
     """Compute type: float32 or bfloat16. Parameters are float32."""
-    remat: bool = False
-    """Recompute blocks in the backward pass: less memory, about a third more time."""
+    attention: str = "auto"
+    """xla, cudnn (fused; bfloat16 on an NVIDIA GPU), or auto: cudnn where it serves, else xla."""
+    remat: str = "none"
+    """What the backward pass computes again to save memory: none; attention (its weights alone); dots (all but products
+    with parameters); block (everything but what enters a block, about a third more time). XLA's CPU backend undoes it."""
 
 
 @dataclass(frozen=True)

@@ -324,12 +324,14 @@ def language_model(sizes: Sizes, vocab_size: int) -> LanguageModel:
             width=sizes.width,
             layers=sizes.layers,
             heads=sizes.heads,
-            kv_heads=sizes.heads,
+            kv_heads=sizes.kv_heads or sizes.heads,
             head_size=sizes.width // sizes.heads,
             mlp_width=sizes.mlp_width,
             max_positions=sizes.prompt_length + sizes.new_tokens,
             tie_embeddings=sizes.tie_embeddings,
             dtype=sizes.dtype,
+            attention=sizes.attention,
+            remat=sizes.remat,
         )
     )
 

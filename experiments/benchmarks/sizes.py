@@ -16,12 +16,18 @@ class Sizes:
     """Size of the residual stream."""
     heads: int = 4
     """Heads, each of size width / heads."""
+    kv_heads: int = 0
+    """Key-value heads, which divide the heads; 0: as many as heads."""
     mlp_width: int = 1024
     """Hidden size of the MLP."""
     tie_embeddings: bool = False
     """Whether input and output share one embedding."""
     dtype: str = "float32"
     """Compute type: float32 or bfloat16."""
+    attention: str = "auto"
+    """Attention's kernel: auto, xla or cudnn."""
+    remat: str = "none"
+    """What the backward pass computes again: none, attention, dots or block."""
     batch: int = 16
     """Sequences in a step; for the reward model, pairs."""
     samples: int = 4

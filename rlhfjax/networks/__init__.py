@@ -3,8 +3,9 @@
 Modules never leave this room: a State, a checkpoint and an algorithm hold nested dictionaries of arrays only.
 """
 
-from rlhfjax.networks.branches import Branches, branch_hidden, branch_mask, pad_prompt_positions
-from rlhfjax.networks.decoder import Cache, LanguageModel, causal_mask, decoder
+from rlhfjax.networks.attention import BranchMask, attend, branch_mask, causal_mask
+from rlhfjax.networks.branches import Branches, branch_hidden, pad_prompt_positions
+from rlhfjax.networks.decoder import Cache, LanguageModel, decoder
 from rlhfjax.networks.heads import init_scalar_head, scalar_head
 from rlhfjax.networks.induction import with_induction_heads
 from rlhfjax.networks.mlp import MLP, mlp
@@ -19,10 +20,12 @@ from rlhfjax.networks.q_heads import (
 )
 
 __all__ = [
+    "BranchMask",
     "Branches",
     "Cache",
     "LanguageModel",
     "MLP",
+    "attend",
     "best_token",
     "branch_hidden",
     "branch_mask",

@@ -16,6 +16,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlhfjax.networks.attention import BranchMask
 from rlhfjax.networks.decoder import LanguageModel
 
 
@@ -36,20 +37,6 @@ def pad_prompt_positions(prompt_mask_BP: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.cumsum(prompt_mask_BP.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def branch_mask(prompt_mask_BP: jax.Array, completion_mask_BGC: jax.Array) -> jax.Array:
-    """Which key each query sees, [B, T, T] bool: the prompt for all, a completion for itself, causally."""
-    batch, samples, length = completion_mask_BGC.shape
-    prompt = prompt_mask_BP.shape[1]
-    # Branch 0 is the prompt; completion g is branch g + 1.
-    branch_T = jnp.concatenate([jnp.zeros(prompt, jnp.int32), jnp.repeat(jnp.arange(1, samples + 1), length)])
-    total = prompt + samples * length
-    causal = jnp.tril(jnp.ones((total, total), bool))
-    related = (branch_T[None, :] == 0) | (branch_T[:, None] == branch_T[None, :])
-    real_BT = jnp.concatenate([prompt_mask_BP, completion_mask_BGC.reshape(batch, -1)], axis=1)
-    # Padding sees itself, so that its softmax stays finite.
-    return ((causal & related)[None] & real_BT[:, None, :]) | jnp.eye(total, dtype=bool)[None]
-
-
 def branch_hidden(lm: LanguageModel, params: dict, branches: Branches) -> tuple[jax.Array, jax.Array]:
     """Hidden states before and after every completion token, each [B, G, C, D].
 
@@ -67,8 +54,8 @@ def branch_hidden(lm: LanguageModel, params: dict, branches: Branches) -> tuple[
         [pad_prompt_positions(prompt_mask_BP), jnp.tile(completion_position_BC, (1, samples))], axis=1
     )
     token_BT = jnp.concatenate([prompt_BP, completion_BGC.reshape(batch, -1)], axis=1)
-    mask_BTT = branch_mask(prompt_mask_BP, completion_mask_BGC)
-    hidden_BTD, _ = lm.apply(params, token_BT, position_BT=position_BT, mask_BTS=mask_BTT)
+    mask = BranchMask(prompt_mask_BP, completion_mask_BGC)
+    hidden_BTD, _ = lm.apply(params, token_BT, position_BT=position_BT, mask_BTS=mask)
     start = prompt_BP.shape[1]
     after = hidden_BTD[:, start:].reshape(batch, samples, length, -1)
     last_prompt = jnp.broadcast_to(

@@ -8,6 +8,7 @@ K head size.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.config import Decoder as Config
+from rlhfjax.networks.attention import KERNELS, BranchMask, attend, kernel_for
 
 
 class LayerCache(NamedTuple):
@@ -36,8 +38,8 @@ class LanguageModel(NamedTuple):
         A nested dict of float32 arrays. The key is consumed.
     apply(params, token_BT, *, position_BT, mask_BTS, cache=None, slot=0) -> (hidden_BTD, cache)
         Final normalised hidden states. `token` and `position` int32, `mask` bool, True where the query may see the key.
-        Without a cache S = T and the keys are the tokens themselves. With one, the new keys are written to slots
-        slot .. slot + T - 1 of its S slots before attention.
+        Without a cache S = T and the keys are the tokens themselves; the mask may then be a `BranchMask`, whose rows
+        cost less. With one, the new keys are written to slots slot .. slot + T - 1 of its S slots before attention.
     embedding(params) -> [V, D]
         The output embedding: logits = hidden @ embedding.T. Kept apart from `apply`, so that log-probabilities can be
         computed in chunks (`ops.token_logprobs`) without a [B, T, V] array.
@@ -56,19 +58,6 @@ class LanguageModel(NamedTuple):
     logits: Callable[[dict, jax.Array], jax.Array]
     init_cache: Callable[[int, int], Cache]
     for_decoding: Callable[[dict], dict] = lambda params: params
-
-
-def causal_mask(segment_BT: jax.Array) -> jax.Array:
-    """The [B, T, T] mask of packed rows: a token sees itself and what precedes it in its own segment.
-
-    `segment_BT` is int32, 0 for padding (which sees only itself, so that its softmax stays finite).
-    """
-    chex.assert_rank(segment_BT, 2)
-    length = segment_BT.shape[1]
-    causal = jnp.tril(jnp.ones((1, length, length), bool))
-    same = segment_BT[:, :, None] == segment_BT[:, None, :]
-    real = segment_BT[:, None, :] > 0
-    return (causal & same & real) | jnp.eye(length, dtype=bool)[None]
 
 
 def rotary(x_BHTK: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
@@ -163,26 +152,12 @@ class Attention(nn.Module):
             key = write(cache.key, key.astype(cache.key.dtype), slot, axis=3)
             value = write(cache.value, value.astype(cache.value.dtype), slot, axis=2)
             cache = LayerCache(key, value)
-        out = attend(query, key.astype(query.dtype), value.astype(query.dtype), mask_BTS)
+        kernel = kernel_for(config.attention, query.dtype, size, length)
+        attended = jax.checkpoint(attend, static_argnums=4) if config.remat == "attention" else attend
+        out = attended(query, key.astype(query.dtype), value.astype(query.dtype), mask_BTS, kernel)
         stddev = (config.heads * size * 2 * config.layers) ** -0.5
         out = out.swapaxes(1, 2).reshape(batch, length, -1)
         return Projection(config.width, config.output_bias, stddev, name="output")(out), cache
-
-
-def attend(
-    query_BHTK: jax.Array, key_BNKS: jax.Array, value_BNSK: jax.Array, mask_BTS: jax.Array
-) -> jax.Array:
-    """softmax(query key^T / sqrt(K)) value, [B, H, T, K]; the softmax in float32. H / N query heads share a key head.
-
-    `mask` is bool, True where a query may see a key; every query must see one.
-    """
-    batch, heads, length, size = query_BHTK.shape
-    groups = heads // key_BNKS.shape[1]
-    query = query_BHTK.reshape(batch, -1, groups, length, size)
-    score = jnp.einsum("bngtk,bnks->bngts", query, key_BNKS, preferred_element_type=jnp.float32) * size**-0.5
-    score = jnp.where(mask_BTS[:, None, None], score, -1e30)
-    weight = jax.nn.softmax(score, axis=-1).astype(value_BNSK.dtype)
-    return jnp.einsum("bngts,bnsk->bngtk", weight, value_BNSK).reshape(query_BHTK.shape)
 
 
 class MLP(nn.Module):
@@ -212,6 +187,15 @@ class Block(nn.Module):
         return x, cache
 
 
+# What the backward pass of a block computes again.
+_REMAT: dict[str, Callable[[type[Block]], type[Block]]] = {
+    "none": lambda block: block,
+    "attention": lambda block: block,  # done within
+    "dots": partial(nn.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "block": nn.remat,
+}
+
+
 class _Decoder(nn.Module):
     config: Config
 
@@ -227,7 +211,7 @@ class _Decoder(nn.Module):
             x = x + table[position_BT].astype(dtype)
         if not config.tie_embeddings:
             self.param("unembedding", normal, (config.vocab_size, config.width))
-        block = nn.remat(Block) if config.remat else Block
+        block = _REMAT[config.remat](Block)
         new_cache = []
         for layer in range(config.layers):
             layer_cache = None if cache is None else cache[layer]
@@ -248,9 +232,14 @@ def decoder(config: Config) -> LanguageModel:
         return variables["params"]
 
     def apply(params, token_BT, *, position_BT, mask_BTS, cache=None, slot=0):
-        chex.assert_rank([token_BT, position_BT, mask_BTS], [2, 2, 3])
-        chex.assert_type([token_BT, position_BT, mask_BTS], [int, int, bool])
+        chex.assert_rank([token_BT, position_BT], 2)
+        chex.assert_type([token_BT, position_BT], int)
         chex.assert_equal_shape([token_BT, position_BT])
+        if isinstance(mask_BTS, BranchMask):
+            _check_branches(mask_BTS, token_BT, cache)
+        else:
+            chex.assert_rank(mask_BTS, 3)
+            chex.assert_type(mask_BTS, bool)
         out: Any = module.apply({"params": params}, token_BT, position_BT, mask_BTS, cache, slot)
         return out
 
@@ -290,8 +279,23 @@ def _decoding(params: dict, dtype: jnp.dtype, transpose: bool) -> dict:
     return out
 
 
+def _check_branches(mask: BranchMask, token_BT: jax.Array, cache: Cache | None) -> None:
+    chex.assert_rank(list(mask), [2, 3])
+    chex.assert_type(list(mask), bool)
+    (batch, prompt), (_, samples, length) = mask.prompt_BP.shape, mask.completion_BGC.shape
+    if cache is not None:
+        raise ValueError("a BranchMask is for whole rows; with a cache give the mask as an array, [B, T, S]")
+    if token_BT.shape != (batch, prompt + samples * length):
+        raise ValueError(
+            f"tokens {token_BT.shape} are not the rows of the mask: {batch} of a prompt of {prompt} and {samples} "
+            f"completions of {length}"
+        )
+
+
 def _check(config: Config) -> None:
     choices = {
+        "attention": KERNELS,
+        "remat": tuple(_REMAT),
         "norm": ("rmsnorm", "layernorm"),
         "positions": ("rotary", "learned"),
         "activation": ("silu", "gelu"),

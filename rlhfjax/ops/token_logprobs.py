@@ -15,11 +15,11 @@ from jax.typing import ArrayLike
 
 from rlhfjax.ops._check import as_index, as_number, describe, require_float, require_rank
 
-# A chunk holds at most this many logits (4 MiB in float32: within the cache of a CPU) ...
-CHUNK_LOGITS = 2**20
+# A chunk holds at most this many logits (on a CPU 4 MiB in float32, within its cache; elsewhere 1 GiB) ...
+CHUNK_LOGITS = {"cpu": 2**20, "accelerator": 2**28}
 # ... but no fewer rows than this: each chunk reads the embedding and updates its gradient once, [V, D] both,
 # and with fewer rows than this that traffic costs more than the arithmetic.
-CHUNK_ROWS = 256
+CHUNK_ROWS = {"cpu": 256, "accelerator": 2048}
 
 
 class TokenLogprobs(NamedTuple):
@@ -40,18 +40,17 @@ def token_logprobs(
     """Log-probability of each token, and entropy, under `softmax(hidden @ embedding.T / temperature)`.
 
     Equals `jax.nn.log_softmax` of all logits at once, and its gradient, to rounding. With float32 inputs
-    everything is float32. With bfloat16 inputs logits are accumulated and normalised in float32; in the
-    backward pass their cotangent is rounded to bfloat16 for the two matrix products, and the embedding's
-    gradient is summed over chunks in float32.
+    everything is float32. With bfloat16 hidden states the embedding is rounded to bfloat16 too, whatever its type;
+    logits are accumulated and normalised in float32; in the backward pass their cotangent is rounded to bfloat16 for
+    the two matrix products, and the embedding's gradient is summed over chunks in float32.
 
     Args:
       hidden: float [..., D].
       embedding: float [V, D], the output matrix.
       token: int [...], ids in [0, V); any other id gives NaN. Ids at masked positions must be valid too.
       temperature: scalar or broadcastable to token's shape, > 0, may be traced. Gets no gradient.
-      chunk_size: rows of one chunk. None: as many as make 2^20 logits, at least 256, which suits a CPU;
-        larger chunks suit accelerators. If all rows fit in one chunk, no loop is emitted and the logits are
-        kept for the backward pass.
+      chunk_size: rows of one chunk. None: on a CPU as many as make 2^20 logits, at least 256; on other devices 2^28
+        and 2048. If all rows fit in one chunk, no loop is emitted and the logits are kept for the backward pass.
 
     Returns:
       logp, entropy: float32 [...]. Reverse-mode differentiable with respect to hidden and embedding, once.
@@ -144,7 +143,8 @@ def _chunks(rows: int, chunk_size: int | None, logits_per_row: int) -> int:
     Rows are padded to a multiple of it; a divisor needs no padding, which would shift rows between devices.
     """
     if chunk_size is None:
-        chunk_size = max(CHUNK_LOGITS // logits_per_row, CHUNK_ROWS)
+        device = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+        chunk_size = max(CHUNK_LOGITS[device] // logits_per_row, CHUNK_ROWS[device])
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     least = max(1, -(-rows // chunk_size))
@@ -188,7 +188,7 @@ def _rows_backward(chunks, residuals, cotangents):
         surprise_CV = logp_CV + entropy_C[:, None]
         from_all_CV = jnp.exp(logp_CV) * (d_logp_C[:, None] + d_entropy_C[:, None] * surprise_CV)
         d_logits_CV = (from_token_CV - from_all_CV) * inverse_temperature_C[:, None]
-        d_logits_CV = d_logits_CV.astype(jnp.result_type(hidden_CD, embedding_VD))
+        d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
         d_hidden_CD = _matmul("cv,vd->cd", d_logits_CV, embedding_VD).astype(hidden_CD.dtype)
         return d_hidden_CD, _matmul("cv,cd->vd", d_logits_CV, hidden_CD)
 
@@ -237,7 +237,7 @@ def _kl_rows_backward(chunks, residuals, d_kl_N):
         # d KL / d logit = p (log p / q - KL)
         weight_C = d_kl_C * inverse_temperature_C
         d_logits_CV = weight_C[:, None] * jnp.exp(logp_CV) * (log_ratio_CV - kl_C[:, None])
-        d_logits_CV = d_logits_CV.astype(jnp.result_type(hidden_CD, embedding_VD))
+        d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
         d_hidden_CD = _matmul("cv,vd->cd", d_logits_CV, embedding_VD).astype(hidden_CD.dtype)
         return d_hidden_CD, _matmul("cv,cd->vd", d_logits_CV, hidden_CD)
 
@@ -268,7 +268,7 @@ def _over_chunks(of_chunk, hidden_ND, embedding_VD, rows, kept, chunks):
             d_hidden_CD, of_this_chunk_VD = of_chunk(rows)
             return d_embedding_VD + of_this_chunk_VD, d_hidden_CD
 
-        zeros_VD = jnp.zeros_like(embedding_VD, dtype=_accumulator(hidden_ND, embedding_VD))
+        zeros_VD = jnp.zeros_like(embedding_VD, dtype=_accumulator(hidden_ND))
         d_embedding_VD, d_hidden = jax.lax.scan(step, zeros_VD, _split(rows, chunks))
         d_hidden_ND = _join(d_hidden, hidden_ND.shape[0])
     return d_hidden_ND, d_embedding_VD.astype(embedding_VD.dtype)
@@ -291,11 +291,12 @@ def _statistics(logits_CV: Array, token_C: Array) -> tuple[Array, Array, Array]:
 
 
 def _matmul(subscripts: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(subscripts, a, b, preferred_element_type=_accumulator(a, b))
+    """In the type of `a`, accumulated in float32 or wider: the embedding's own type decides nothing."""
+    return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=_accumulator(a))
 
 
-def _accumulator(a: Array, b: Array) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+def _accumulator(a: Array) -> jnp.dtype:
+    return jnp.promote_types(a.dtype, jnp.float32)
 
 
 def _split(rows, chunks: int):
