@@ -11,9 +11,10 @@ import contextlib
 import functools
 import io
 import math
+import threading
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,7 +23,9 @@ import jax
 import jax.monitoring
 import numpy as np
 
+from experiments.trace import read_trace
 from rlhfjax import console
+from rlhfjax.accelerators import accelerator, peak_memory
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.run_folder import RunFolder, write_atomically
 
@@ -30,7 +33,7 @@ State = TypeVar("State")
 Rows = Sequence[dict[str, Any]]
 
 # Counts among the metrics whose rate a user wants to see: metric -> label of its rate on the terminal.
-RATES = {"generated_tokens": "gen tok/s", "trained_tokens": "train tok/s"}
+RATES = {"generated_tokens": "gen tok/s", "trained_tokens": "train tok/s", "model_flops": ""}
 PERF = "perf/"  # a metric so named is a measurement: it goes to perf.jsonl, never to metrics.jsonl
 COLUMNS_BY_DEFAULT = 6
 SAMPLES_SHOWN = 4
@@ -44,7 +47,8 @@ class Show:
     `columns`: metric -> label on the terminal; empty: the first few metrics. `every`: steps between lines;
     None: about twenty lines a stage. `samples(step, aux)`: the rows of texts of one step, from the third
     thing that the step returned, called every `samples_every` steps and at the last (0: never).
-    `measure(step, aux)`: metrics made on the host, from texts for example, one step late like all others.
+    `measure(step, aux)`: metrics made on the host, from texts for example, one step late like all others;
+    "perf/model_flops" among them, the operations that the step cannot do without, gives utilisation.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -96,18 +100,22 @@ def run_stage(
             if done:
                 word = "done" if done >= steps else "continues"
                 view.note(f"{word}: checkpoint of step {done} of {steps}")
+            clock = _DeviceClock()
             report = _reporter(name, folder, view, steps, done, nullable, show)
             # Two steps may compile: the first, and one that meets the first one's outputs.
             traced = range(min(done + 2, steps - 1), steps)[: folder.profile]
             late = None  # a step with metrics not fetched yet: fetching at once would leave the device idle
             for i in range(done, steps):
+                inputs = () if batch is None else (batch(i),)
                 with _trace(name, i, folder, view) if i in traced else contextlib.nullcontext():
-                    state, *out = step(state, i) if batch is None else step(state, batch(i), i)
+                    idle = clock.start()
+                    state, *out = step(state, *inputs, i)
+                    clock.watch(out[0])
                     if i in traced:
                         jax.block_until_ready(state)
                 if late:
                     report(*late)
-                late = (i + 1, *out)
+                late = (i + 1, out[0] | {f"{PERF}idle_seconds": idle}, *out[1:])
                 if (i + 1) % checkpoint_every == 0 or i + 1 == steps:
                     report(*late)
                     late = None
@@ -204,13 +212,24 @@ def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], State]) -> 
     return 0, state
 
 
-def _trace(
-    name: str, i: int, folder: RunFolder, view: console.StageView
-) -> contextlib.AbstractContextManager[Any]:
-    """Writes what device and host do in step i to profile/NAME/step-NUMBER."""
+@contextlib.contextmanager
+def _trace(name: str, i: int, folder: RunFolder, view: console.StageView) -> Iterator[None]:
+    """Writes what device and host do in step i to profile/NAME/step-NUMBER, and says what an accelerator did."""
     path = folder.path / "profile" / name / f"step-{i + 1}"
     view.note(f"step {i + 1} is traced in {path}")
-    return jax.profiler.trace(path)
+    start = time.perf_counter()
+    with jax.profiler.trace(path):
+        yield
+        seconds = time.perf_counter() - start
+    device = read_trace(path)
+    if device is None:
+        return
+    share = device.busy_seconds / (seconds * jax.local_device_count())
+    view.note(
+        f"  {seconds:.3f} s, devices busy {share:.0%} of it with {device.operations} operations; the longest:"
+    )
+    for operation, spent, times in device.longest:
+        view.note(f"  {spent:9.4f} s  {times:6d} x  {operation}")
 
 
 def _reporter(
@@ -229,9 +248,9 @@ def _reporter(
 
     def report(step: int, metrics: Mapping[str, Any], aux: Any = None) -> None:
         fetched = {key: plain_number(value) for key, value in jax.device_get(dict(metrics)).items()}
-        values = {key: value for key, value in fetched.items() if not key.startswith(PERF)}
         if show.measure:
-            values |= show.measure(step, jax.device_get(aux))
+            fetched |= show.measure(step, jax.device_get(aux))
+        values = {key: value for key, value in fetched.items() if not key.startswith(PERF)}
         perf = lap() | {key.removeprefix(PERF): fetched[key] for key in fetched.keys() - values.keys()}
         _log(name, step, folder, values, perf | _rates([values | perf]))
         _refuse_non_finite(name, step, values, nullable)
@@ -257,7 +276,8 @@ def _log(
 
 
 def _stopwatch() -> Callable[[], dict[str, float]]:
-    """A function that tells what has passed since its last call: seconds, and compiling among them."""
+    """A function that tells what has passed since its last call, seconds and compiling among them, and the most
+    memory used so far."""
     clock = compile_clock()
     last = (time.perf_counter(), *clock())
 
@@ -266,21 +286,54 @@ def _stopwatch() -> Callable[[], dict[str, float]]:
         now = (time.perf_counter(), *clock())
         seconds, compiled, hits = (new - old for new, old in zip(now, last, strict=True))
         last = now
-        return {"seconds": seconds, "compile_seconds": compiled, "cache_hits": hits}
+        times = {"seconds": seconds, "compile_seconds": compiled, "cache_hits": hits}
+        return times | {"peak_memory_bytes": peak_memory()}
 
     return lap
 
 
+class _DeviceClock:
+    """Tells how long the device had nothing to do between two steps.
+
+    A thread waits for each step's metrics and notes when they were there. Time idle within a step, as between two
+    programs of one, is not seen; a trace (--profile) shows that.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: threading.Thread | None = None
+        self._done = math.nan
+
+    def start(self) -> float:
+        """To be called as a step starts: seconds since the device was done with the last one; 0 if it is not yet."""
+        if self._waiting is None or self._waiting.is_alive():
+            return 0.0
+        return time.perf_counter() - self._done
+
+    def watch(self, arrays: Any) -> None:
+        """To be called with what a step returned, not donated to the next."""
+
+        def wait() -> None:
+            jax.block_until_ready(arrays)
+            self._done = time.perf_counter()
+
+        self._waiting = threading.Thread(target=wait, daemon=True)
+        self._waiting.start()
+
+
 def _rates(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """ "COUNT_per_second" for each of RATES, over the steps that compiled nothing: the others say nothing of
-    a rate."""
+    a rate; and "mfu", model FLOP utilisation, on an accelerator whose peak is known."""
     steady = [step for step in steps if step["compile_seconds"] == 0.0]
     seconds = sum(step["seconds"] for step in steady)
-    return {
+    rates = {
         f"{count}_per_second": sum(step[count] for step in steady) / seconds
         for count in RATES
         if steady and count in steady[0]
     }
+    device = accelerator()
+    if device and "model_flops_per_second" in rates:
+        rates["mfu"] = rates["model_flops_per_second"] / (device.flops * jax.device_count())
+    return rates
 
 
 def _line(
@@ -290,7 +343,8 @@ def _line(
     chosen = columns or {name: name for name in list(values)[:COLUMNS_BY_DEFAULT]}
     rates, compiled = _rates(recent), sum(step["compile_seconds"] for step in recent)
     line = {label: values[name] for name, label in chosen.items() if name in values}
-    line |= {RATES[name.removesuffix("_per_second")]: rate for name, rate in rates.items()}
+    labels = {f"{count}_per_second": label for count, label in RATES.items()} | {"mfu": "MFU"}
+    line |= {labels[name]: rate for name, rate in rates.items() if labels[name]}
     return line | ({"compile s": compiled} if compiled > SECONDS_WORTH_SHOWING else {})
 
 

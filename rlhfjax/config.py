@@ -279,7 +279,7 @@ class Decoder:
     """xla, cudnn (fused; bfloat16 on an NVIDIA GPU), or auto: cudnn where it serves, else xla."""
     remat: str = "none"
     """What the backward pass computes again to save memory: none; attention (its weights alone); dots (all but products
-    with parameters); block (everything but what enters a block, about a third more time). XLA's CPU backend undoes it."""
+    with parameters); block (all but what enters a block, about a third more time). XLA's CPU backend undoes it."""
 
 
 @dataclass(frozen=True)

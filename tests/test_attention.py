@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
 
 from rlhfjax.config import Decoder
 from rlhfjax.networks import Branches, BranchMask, attend, branch_hidden, branch_mask, decoder
 from rlhfjax.networks.attention import kernel_for
-from tests.compiling import compiled
 
 B, H, N, K, P, G, C = 2, 4, 2, 8, 3, 3, 4
 T = P + G * C
@@ -20,8 +21,8 @@ QUERY, KEY, VALUE = (
     GENERATOR.normal(size=(B, *shape)).astype(np.float32) for shape in ((H, T, K), (N, K, T), (N, T, K))
 )
 MASK = BranchMask(
-    np.array([[0, 1, 1], [1, 1, 1]], bool),
-    np.arange(C)[None, None] < np.array([[4, 2, 0], [1, 3, 4]])[:, :, None],
+    jnp.asarray(np.array([[0, 1, 1], [1, 1, 1]], bool)),
+    jnp.asarray(np.arange(C)[None, None] < np.array([[4, 2, 0], [1, 3, 4]])[:, :, None]),
 )
 REAL_BT = np.concatenate([MASK.prompt_BP, MASK.completion_BGC.reshape(B, -1)], axis=1)
 GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
@@ -84,9 +85,10 @@ def test_no_scores_of_one_completion_for_another():
         shapes = ((1, 1, total, K), (1, 1, K, total), (1, 1, total, K))
         arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         loss = jax.grad(lambda q, k, v: jnp.sum(attend(q, k, v, mask)))
-        return jax.jit(loss).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+        analysis: Any = jax.jit(loss).lower(*arrays).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
 
-    mask = BranchMask(np.ones((1, prompt), bool), np.ones((1, samples, length), bool))
+    mask = BranchMask(jnp.ones((1, prompt), bool), jnp.ones((1, samples, length), bool))
     square = 4 * total * total
     assert program(mask) < square < program(branch_mask(*mask))
 
@@ -107,15 +109,16 @@ def test_remat_gives_the_same_gradient_and_keeps_less(remat):
 
     (whole, memory), (again, less) = gradient(config), gradient(dataclasses.replace(config, remat=remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), whole, again)
-    weights = 4 * 2 * 2 * 2 * 2 * 24 * (8 + 24)  # float32 scores of all completions, batch and heads, in both layers
+    weights = (
+        4 * 2 * 2 * 2 * 2 * 24 * (8 + 24)
+    )  # float32 scores of all completions, batch and heads, in both layers
     assert less < memory - weights / 2
 
 
 def _branches(batch, prompt, samples, length):
     token = np.arange(batch * samples * length, dtype=np.int32).reshape(batch, samples, length) % 16
-    return Branches(
-        np.ones((batch, prompt), np.int32), np.ones((batch, prompt), bool), token, np.ones(token.shape, bool)
-    )
+    arrays = (np.ones((batch, prompt), np.int32), np.ones((batch, prompt), bool), token, token >= 0)
+    return Branches(*map(jnp.asarray, arrays))
 
 
 def test_auto_takes_the_fused_kernel_only_where_it_serves(monkeypatch):
@@ -138,7 +141,9 @@ def test_a_branch_mask_that_does_not_fit_is_told():
         return jax.eval_shape(lambda p, t: call(p, t, position_BT=t), params, token)
 
     apply(token, MASK)
-    with pytest.raises(ValueError, match="not the rows of the mask: 2 of a prompt of 3 and 3 completions of 4"):
+    with pytest.raises(
+        ValueError, match="not the rows of the mask: 2 of a prompt of 3 and 3 completions of 4"
+    ):
         apply(jax.ShapeDtypeStruct((B, T + 1), jnp.int32), MASK)
     with pytest.raises(ValueError, match="with a cache give the mask as an array"):
         apply(token, MASK, lm.init_cache(B, T))

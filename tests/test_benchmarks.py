@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.benchmarks import flops, peers
+from experiments.benchmarks import peers
 from experiments.benchmarks import run as benchmark
 from experiments.benchmarks.cases import CASES, language_model
 from experiments.benchmarks.measure import measure
 from experiments.benchmarks.ragged import completion_lengths
 from experiments.benchmarks.sizes import Sizes
 from rlhfjax.config import Decoder
-from rlhfjax.networks import branch_mask, causal_mask
+from rlhfjax.networks import branch_mask, causal_mask, flops
 
 ROOT = Path(__file__).parent.parent
 TINY = Sizes(

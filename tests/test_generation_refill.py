@@ -18,7 +18,7 @@ from rlhfjax.networks import decoder, init_q_heads
 CONFIG = Decoder(
     vocab_size=70, width=16, layers=1, heads=2, kv_heads=1, head_size=8, mlp_width=24, max_positions=32
 )
-STOP = (2, 5)
+STOP = (7, 13)
 LM = decoder(CONFIG)
 PARAMS = compiled(lambda key: jax.tree.map(lambda x: x * 1.5, LM.init(key)), jax.random.key(0))
 PARAMS = PARAMS | {

@@ -354,14 +354,14 @@ def test_on_policy_iterations_run_through_the_same_loop():
     prompts = Prompts(jnp.zeros((4, 1), jnp.int32), jnp.ones((4, 1), bool), jnp.arange(4))
     options = {"reward": reward, "samples": 4, "max_new_tokens": 3, "stop_tokens": ()}
     config = SoftQ(beta=0.1, steps=(0,))
-    algorithm = soft_q.make(text_soft_q(LM, states=branch_states), optax.adam(3e-3), config)
+    algorithm = soft_q.make(text_soft_q(LM, states=branch_states), optax.adam(1e-2), config)
     loop = make_rlhf(LM, algorithm, soft_q_batch(LM), policy=lambda params: params, **options)
     iterate = jax.jit(loop.iterate)
     state, scores = jax.jit(algorithm.init)(POLICY), []
-    for i in range(40):
+    for i in range(60):
         state, metrics, _ = iterate(state, Frozen(POLICY, None), prompts, jax.random.key(i))
         scores.append(float(metrics["objective/score"]))
-    assert np.mean(scores[-10:]) > np.mean(scores[:10]) + 0.1
+    assert np.mean(scores[-10:]) > np.mean(scores[:10]) + 0.3
 
     values = text_values(LM, states=branch_states)
     td = ilql.make(

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.case import Case
 from experiments.benchmarks.control import control_dqn_run, control_ppo_run, control_pqn_run
-from experiments.benchmarks.flops import branch_pairs, causal_pairs, forward_flops
 from experiments.benchmarks.ragged import ragged_case
 from experiments.benchmarks.sizes import Sizes
 from rlhfjax.algorithms import make_optimizer, ppo, reward_model, sft
 from rlhfjax.config import PPO, SFT, Decoder, Optimizer, RewardModel
 from rlhfjax.generation import Sampling, generate, sample_keys
 from rlhfjax.networks import Branches, LanguageModel, decoder, init_scalar_head
+from rlhfjax.networks.flops import branch_pairs, causal_pairs, forward_flops
 from rlhfjax.ops import token_logprobs
 from rlhfjax.recipes import (
     Frozen,

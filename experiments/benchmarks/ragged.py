@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.case import Case
-from experiments.benchmarks.flops import branch_pairs, forward_flops
 from experiments.benchmarks.sizes import Sizes
 from rlhfjax.generation import Generation, Sampling, generate, generate_refilled, sample_keys
 from rlhfjax.networks import LanguageModel
+from rlhfjax.networks.flops import branch_pairs, forward_flops
 from rlhfjax.recipes import Prompts
 
 STOP = 0

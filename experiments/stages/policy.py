@@ -16,6 +16,7 @@ from rlhfjax.algorithms import Algorithm, dpo, grpo, make_optimizer, ppo, sft
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import batch_indices
 from rlhfjax.networks import init_scalar_head
+from rlhfjax.networks.flops import branches_flops
 from rlhfjax.recipes import (
     RLHF,
     AsBatch,
@@ -67,6 +68,14 @@ class Learner(NamedTuple):
     as_batch: AsBatch
     params: dict
     policy: Callable[[Any], dict]  # the language model among the params
+    passes: "Passes"
+
+
+class Passes(NamedTuple):
+    """Forward passes over all prompts and completions that one iteration cannot do without, a backward pass as two."""
+
+    logits: float  # with the completions' logits: rollout, policy, reference
+    hidden: float  # without: reward model, critic
 
 
 def make_critic(trunk: dict, width: int) -> dict:
@@ -90,6 +99,9 @@ def ppo_learner(config: PPOStage, problem: Problem, critic_trunk: dict) -> Learn
         ppo_batch(lm, evaluate, temperature=config.temperature, exact_kl=algorithm.kl_estimator == "exact"),
         {"policy": problem.reference, "critic": critic},
         itemgetter("policy"),
+        Passes(
+            logits=2 + 3 * algorithm.epochs, hidden=1 + (not config.shared_trunk) * (1 + 3 * algorithm.epochs)
+        ),
     )
 
 
@@ -104,7 +116,8 @@ def grpo_learner(config: GRPOStage, problem: Problem) -> Learner:
         exact_kl=evaluate if exact else None,
         greedy=_greedy(config),
     )
-    return Learner(_algorithm(config, evaluate), as_batch, problem.reference, _whole)
+    passes = Passes(logits=1 + (algorithm.kl_coefficient is not None) + 3 * algorithm.epochs, hidden=1)
+    return Learner(_algorithm(config, evaluate), as_batch, problem.reference, _whole, passes)
 
 
 def online_dpo_learner(config: OnlineDPOStage, problem: Problem) -> Learner:
@@ -116,13 +129,15 @@ def online_dpo_learner(config: OnlineDPOStage, problem: Problem) -> Learner:
         best_worst_pairs(lm, temperature=config.temperature),
         problem.reference,
         _whole,
+        Passes(logits=1 + 4 * 2 / config.samples, hidden=1),  # reference and policy read two of the samples
     )
 
 
 def raft_learner(config: RAFTStage, problem: Problem) -> Learner:
     """Fine-tuning on the best of each prompt's samples."""
     evaluate = judged_evaluate(problem.text.lm, temperature=config.temperature)
-    return Learner(_algorithm(config, evaluate), best_of_samples(), problem.reference, _whole)
+    passes = Passes(logits=1 + 3 / config.samples, hidden=1)  # the policy learns from one of the samples
+    return Learner(_algorithm(config, evaluate), best_of_samples(), problem.reference, _whole, passes)
 
 
 def check(config: Config, available: int) -> None:
@@ -231,7 +246,10 @@ def optimise_policy(name: str, config: Config, learner: Learner, problem: Proble
 
     def measure(i: int, experience) -> dict[str, float]:
         del i
-        return {"gold": float(score_texts(experience)[1].mean())}
+        branches = experience[1].branches
+        flops = (branches_flops(text.lm.config, branches, logits=logits) for logits in (True, False))
+        total = sum(passes * of_one for passes, of_one in zip(learner.passes, flops, strict=True))
+        return {"gold": float(score_texts(experience)[1].mean()), "perf/model_flops": total}
 
     def samples(i: int, experience) -> list[dict[str, Any]]:
         del i

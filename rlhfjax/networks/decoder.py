@@ -7,8 +7,10 @@ Shapes: B sequences, T query positions, S key positions, V vocabulary, D width, 
 K head size.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import chex
@@ -92,11 +94,16 @@ def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-_TRANSPOSED = "kernel_transposed"  # [outputs, inputs], in place of a kernel; made by `for_decoding`
+# Made by `for_decoding`: a kernel as [outputs, inputs], and projections of one input as one.
+_TRANSPOSED, _JOINED = "kernel_transposed", "joined"
+_TO_JOIN = (("query", "key", "value"), ("gate", "up"))
+
+
+_FEW_ROWS = 16  # up to which `_matrix_first` is faster with the embedding of a vocabulary
 
 
 def _matrix_first(matrix: jax.Array, rows: jax.Array) -> jax.Array:
-    """rows @ matrix.T for few rows, float32 accumulated in the type of rows.
+    """rows @ matrix.T for few rows, in their type.
 
     A product of few rows with a great matrix is limited by how the matrix is read. XLA's CPU backend takes 0.6 of the
     time where the matrix is the left factor and both lie row by row; without the barriers it undoes the transposes.
@@ -127,6 +134,15 @@ class Projection(nn.Module):
         return out.reshape(*x.shape[:-1], self.outputs)
 
 
+def _project(parent: nn.Module, x: jax.Array, outputs: dict[str, int], bias: bool) -> list[jax.Array]:
+    """Several projections of x, from its width, by name; in decoding all as one product."""
+    stddev = x.shape[-1] ** -0.5
+    if parent.has_variable("params", _JOINED):
+        out = Projection(sum(outputs.values()), bias, stddev, name=_JOINED)(x)
+        return jnp.split(out, list(accumulate(outputs.values()))[:-1], axis=-1)
+    return [Projection(size, bias, stddev, name=name)(x) for name, size in outputs.items()]
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245); multi-head where kv_heads equals heads."""
 
@@ -138,12 +154,11 @@ class Attention(nn.Module):
         batch, length, _ = x_BTD.shape
         size = config.head_size
 
-        def project(name, heads):
-            out = Projection(heads * size, config.attention_bias, config.width**-0.5, name=name)(x_BTD)
-            return out.reshape(batch, length, heads, size).swapaxes(1, 2)
-
-        query = project("query", config.heads)
-        key, value = project("key", config.kv_heads), project("value", config.kv_heads)
+        heads = {"query": config.heads, "key": config.kv_heads, "value": config.kv_heads}
+        query, key, value = (
+            x.reshape(batch, length, -1, size).swapaxes(1, 2)
+            for x in _project(self, x_BTD, {k: n * size for k, n in heads.items()}, config.attention_bias)
+        )
         if config.positions == "rotary":
             query, key = (rotary(x, position_BT, config.rope_theta) for x in (query, key))
         key = key.swapaxes(2, 3)
@@ -167,9 +182,9 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
         activation = {"silu": nn.silu, "gelu": nn.gelu}[config.activation]
-        inner = activation(Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="gate")(x))
-        if config.gated_mlp:
-            inner = inner * Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="up")(x)
+        names = ("gate", "up") if config.gated_mlp else ("gate",)
+        gate, *up = _project(self, x, dict.fromkeys(names, config.mlp_width), config.mlp_bias)
+        inner = activation(gate) * up[0] if up else activation(gate)
         stddev = (config.mlp_width * 2 * config.layers) ** -0.5
         return Projection(config.width, config.mlp_bias, stddev, name="down")(inner)
 
@@ -227,9 +242,22 @@ def decoder(config: Config) -> LanguageModel:
     module = _Decoder(config)
 
     def init(key: jax.Array) -> dict:
-        one = jnp.zeros((1, 1), jnp.int32)
-        variables: Any = module.init(key, one, one, jnp.ones((1, 1, 1), bool), None, 0)
-        return variables["params"]
+        key_layers, key_rest = jax.random.split(key)
+        one, seen = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1, 1), bool)
+        x = jnp.zeros((1, 1, config.width), config.dtype)
+
+        def params_of(module: nn.Module, key: jax.Array, x: jax.Array) -> dict:
+            variables: Any = module.init(key, x, one, seen, None, 0)
+            return variables["params"]
+
+        # All layers in one go, and drawn before they are cut: drawn layer by layer, which without the barrier XLA's
+        # GPU backend makes of it too, a model of 135M takes minutes to compile.
+        layers = jax.vmap(lambda key: params_of(Block(config), key, x))(
+            jax.random.split(key_layers, config.layers)
+        )
+        layers = jax.lax.optimization_barrier(layers)
+        rest = params_of(_Decoder(dataclasses.replace(config, layers=0)), key_rest, one)
+        return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(config.layers)}
 
     def apply(params, token_BT, *, position_BT, mask_BTS, cache=None, slot=0):
         chex.assert_rank([token_BT, position_BT], 2)
@@ -251,6 +279,10 @@ def decoder(config: Config) -> LanguageModel:
 
     def logits(params: dict, hidden: jax.Array) -> jax.Array:
         table = embedding(params).astype(hidden.dtype)
+        few = hidden[..., 0].size <= _FEW_ROWS and hidden.dtype == jnp.float32
+        if few and jax.default_backend() == "cpu":
+            rows = hidden.reshape(-1, config.width)
+            return _matrix_first(table, rows).reshape(*hidden.shape[:-1], -1)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def init_cache(batch: int, slots: int) -> Cache:
@@ -267,7 +299,12 @@ def decoder(config: Config) -> LanguageModel:
 
 
 def _decoding(params: dict, dtype: jnp.dtype, transpose: bool) -> dict:
-    """The params with every matrix in the type that computes, and the kernels transposed."""
+    """The params with every matrix in the type that computes, projections of one input joined, kernels transposed."""
+    for names in _TO_JOIN:
+        if set(names) <= params.keys():
+            parts = [params[name] for name in names]
+            joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *parts)
+            params = {k: v for k, v in params.items() if k not in names} | {_JOINED: joined}
     out = {}
     for name, value in params.items():
         if isinstance(value, dict):

@@ -5,7 +5,10 @@ includes what is computed and then masked away. These numbers do neither: a rate
 work.
 """
 
+import numpy as np
+
 from rlhfjax.config import Decoder
+from rlhfjax.networks.branches import Branches
 
 
 def forward_flops(config: Decoder, *, positions: int, pairs: int, logits: int) -> float:
@@ -32,3 +35,16 @@ def causal_pairs(length: int) -> int:
 def branch_pairs(prompt: int, samples: int, completion: int) -> int:
     """Pairs of one prompt and its completions, which see the prompt and themselves."""
     return causal_pairs(prompt) + samples * (completion * prompt + causal_pairs(completion))
+
+
+def branches_flops(config: Decoder, branches: Branches, *, logits: bool) -> float:
+    """A forward pass over prompts and completions, of which only real tokens count.
+
+    `branches` are host arrays (`jax.device_get`); `logits`: whether those of the completions are made.
+    """
+    prompt_B = np.asarray(branches.prompt_mask_BP).sum(axis=1)
+    completion_BG = np.asarray(branches.completion_mask_BGC).sum(axis=2)
+    pairs = (prompt_B * (prompt_B + 1) // 2).sum()
+    pairs += (completion_BG * prompt_B[:, None] + completion_BG * (completion_BG + 1) // 2).sum()
+    positions, completed = int(prompt_B.sum() + completion_BG.sum()), int(completion_BG.sum())
+    return forward_flops(config, positions=positions, pairs=int(pairs), logits=completed * logits)
