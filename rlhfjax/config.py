@@ -275,6 +275,10 @@ class Decoder:
     """Deviation of the embeddings' initialisation."""
     dtype: str = "float32"
     """Compute type: float32 or bfloat16. Parameters are float32."""
+    packing: float | None = None
+    """Where prompts and completions are evaluated: pack them into so many times the tokens of full rows, for
+    completions of ragged length; a batch that does not fit takes full rows. None: always full rows, which the samples
+    of a prompt share."""
     attention: str = "auto"
     """xla, cudnn (fused; bfloat16 on an NVIDIA GPU), or auto: cudnn where it serves, else xla."""
     remat: str = "none"

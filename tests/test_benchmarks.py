@@ -15,8 +15,9 @@ import pytest
 
 from experiments.benchmarks import peers
 from experiments.benchmarks import run as benchmark
-from experiments.benchmarks.cases import CASES, language_model
+from experiments.benchmarks.cases import CASES
 from experiments.benchmarks.measure import measure
+from experiments.benchmarks.models import language_model
 from experiments.benchmarks.ragged import completion_lengths
 from experiments.benchmarks.sizes import Sizes
 from rlhfjax.config import Decoder
@@ -54,6 +55,9 @@ TOKENS = {
     "ppo": 4 * 5,
     "ppo_grouped": 4 * 5,
     "ppo_seeds": 2 * 4 * 5,
+    "grpo": 4 * 5,
+    "dpo": 4 * 2 * (3 + 5),
+    "ragged_update": int(completion_lengths(TINY).sum()),
     "control_ppo": 0,
     "control_pqn": 0,
     "control_dqn": 0,

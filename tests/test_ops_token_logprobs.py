@@ -113,6 +113,24 @@ def test_bfloat16(chunk_size):
         np.testing.assert_allclose(array.astype(jnp.float32), wanted, atol=0.03)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 6])
+def test_the_hidden_states_decide_the_type_and_the_embedding_keeps_its_own(chunk_size):
+    """bfloat16 states and float32 parameters, as in training: products in bfloat16, the gradient in float32."""
+    hidden = jnp.asarray(HIDDEN, jnp.bfloat16)
+    rounded = jnp.asarray(EMBEDDING, jnp.bfloat16)
+    gradient = gradients(ops.token_logprobs, chunk_size)
+    program = gradient.lower(hidden, EMBEDDING, TOKEN).as_text()
+    factors = re.findall(r"dot_general.*: \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\)", program)
+    assert len(factors) >= 3 and {x for pair in factors for x in pair} == {"bf16"}
+    given = token_logprobs(hidden, EMBEDDING, TOKEN, chunk_size=chunk_size)
+    wanted = token_logprobs(hidden, rounded, TOKEN, chunk_size=chunk_size)
+    np.testing.assert_array_equal(given.logp, wanted.logp)
+    d_hidden, d_embedding = gradient(hidden, EMBEDDING, TOKEN)
+    assert (d_hidden.dtype, d_embedding.dtype) == (jnp.bfloat16, jnp.float32)
+    exact = gradients(direct)(*(x.astype(jnp.float32) for x in (hidden, rounded)), TOKEN)
+    np.testing.assert_allclose(d_embedding, exact[1], atol=0.02)
+
+
 def test_one_position_large_logits_and_no_temperature_gradient():
     one = token_logprobs(HIDDEN[0, 0], EMBEDDING, TOKEN[0, 0])
     np.testing.assert_allclose(one.logp, direct(HIDDEN[0, 0], EMBEDDING, TOKEN[0, 0]).logp, rtol=2e-6)

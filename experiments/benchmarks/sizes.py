@@ -28,6 +28,8 @@ class Sizes:
     """Attention's kernel: auto, xla or cudnn."""
     remat: str = "none"
     """What the backward pass computes again: none, attention, dots or block."""
+    packing: float | None = None
+    """Pack the sequences of updates into so many times the tokens of full rows; None: full rows."""
     batch: int = 16
     """Sequences in a step; for the reward model, pairs."""
     samples: int = 4

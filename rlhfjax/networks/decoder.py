@@ -355,6 +355,8 @@ def _check(config: Config) -> None:
     ):
         if getattr(config, field) < 1:
             raise ValueError(f"decoder {field} must be at least 1, got {getattr(config, field)}")
+    if config.packing is not None and not 0 < config.packing <= 1:
+        raise ValueError(f"decoder packing={config.packing} must lie in (0, 1], or be None for full rows")
     if config.heads % config.kv_heads:
         raise ValueError(f"decoder heads ({config.heads}) must be a multiple of kv_heads ({config.kv_heads})")
     if config.positions == "rotary" and config.head_size % 2:
