@@ -52,7 +52,7 @@ def evaluate_policies(
     text: Text,
     reference: dict,
     policies: Mapping[str, Writer],
-    reward: Callable[[Any, Branches], jax.Array],
+    reward: Callable[[Any, Branches], jax.Array] | None,
     reward_params: Any,
     gold: Callable[[Examples], Gold],
     folder: RunFolder,
@@ -62,6 +62,8 @@ def evaluate_policies(
     points: Mapping[str, Writer] = MappingProxyType({}),
 ) -> list[Policy]:
     """Measures the reference, best-of-n by the reward, and every policy of `policies` and `points`.
+
+    A reward of None is the gold score itself.
 
     Each policy is decoded at `temperature` (that of the rollouts, at which KL and best-of-n are defined), at the
     configured others and greedily, all in one pass per prompt batch; those of `points` at `temperature` only.
@@ -104,7 +106,7 @@ def evaluate_policies(
 
 
 def _scorer(text, reference, reward, reward_params, examples: Examples, batch: int, temperature: float):
-    """(rows, generation, kept) -> reward and log-probability under the reference, each [B, G], on the host.
+    """(rows, generation, kept) -> reward (None without one) and log-probability under the reference, each [B, G].
 
     The latter only of groups of columns with one of `kept` in them; 0 elsewhere.
     """
@@ -114,7 +116,7 @@ def _scorer(text, reference, reward, reward_params, examples: Examples, batch: i
         logp = completion_logp(text.lm, reference, branches, temperature)
         return jnp.sum(logp, axis=2, where=branches.completion_mask_BGC)
 
-    rewards = jax.jit(reward)
+    rewards = None if reward is None else jax.jit(reward)
 
     def score(rows, out, kept: Sequence[int]):
         samples = out["token_BGC"].shape[1]
@@ -129,10 +131,11 @@ def _scorer(text, reference, reward, reward_params, examples: Examples, batch: i
                 branches = Branches(*prompts[:2], *map(jnp.asarray, completions))
                 cell = np.ix_(index, columns)
                 shape = len(index), len(columns)
-                total[0][cell] = np.asarray(rewards(reward_params, branches))[: shape[0], : shape[1]]
+                if rewards is not None:
+                    total[0][cell] = np.asarray(rewards(reward_params, branches))[: shape[0], : shape[1]]
                 if not set(kept).isdisjoint(columns):
                     total[1][cell] = np.asarray(logp_ref(reference, branches))[: shape[0], : shape[1]]
-        return total[0], total[1]
+        return None if rewards is None else total[0], total[1]
 
     return score
 
@@ -142,6 +145,7 @@ def _measure(label, out, temperatures, most, best_of: Sequence[int], scores, tex
     reward_BG, logp_ref_BG = scores
     texts = text.decode(out["token_BGC"], out["mask_BGC"])
     gold_BG = np.asarray(gold(rows, texts), np.float64)
+    reward_BG = gold_BG if reward_BG is None else reward_BG
     logp_BG = out["logp_BGC"].sum(axis=2)
     length_BG, finished_BG = out["mask_BGC"].sum(axis=2), out["finished_BG"]
 

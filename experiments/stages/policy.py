@@ -14,8 +14,9 @@ from experiments.stages.configs import GRPOStage, OnlineDPOStage, PPOStage, RAFT
 from experiments.stages.text import Examples, Text
 from rlhfjax.algorithms import Algorithm, dpo, grpo, make_optimizer, ppo, sft
 from rlhfjax.algorithms.algorithm import check_divisible
+from rlhfjax.config import Decoder
 from rlhfjax.data import batch_indices
-from rlhfjax.networks import init_scalar_head
+from rlhfjax.networks import Branches, init_scalar_head
 from rlhfjax.networks.flops import branches_flops
 from rlhfjax.recipes import (
     RLHF,
@@ -54,11 +55,18 @@ class Problem:
 
     text: Text
     reference: dict  # the fine-tuned policy
-    reward: Callable[[Any, Any], jax.Array]  # (params, branches) -> float [B, G]
+    reward: Callable[[Any, Any], jax.Array] | None  # (params, branches) -> float [B, G]; None: on the host
     reward_params: Any
     examples: Examples
     rows: np.ndarray  # the prompts to draw from
-    gold: Callable[[np.ndarray, list[list[str]]], np.ndarray]  # (rows, texts) -> [B, G], never learnt from
+    # (rows, texts) -> [B, G]; never learnt from, unless it is the reward on the host
+    gold: Callable[[np.ndarray, list[list[str]]], np.ndarray]
+
+    def on_device(self) -> Callable[[Any, Any], jax.Array]:
+        """The reward. Raises ValueError where it is on the host."""
+        if self.reward is None:
+            raise ValueError("this needs a reward on the device, and the problem's is on the host")
+        return self.reward
 
 
 class Learner(NamedTuple):
@@ -75,7 +83,12 @@ class Passes(NamedTuple):
     """Forward passes over all prompts and completions that one iteration cannot do without, a backward pass as two."""
 
     logits: float  # with the completions' logits: rollout, policy, reference
-    hidden: float  # without: reward model, critic
+    hidden: float  # without: critic; the reward's comes on top
+
+    def flops(self, config: Decoder, branches: Branches, *, reward: bool) -> float:
+        """Operations of an iteration on these rows (host arrays), with or without a reward model."""
+        with_logits, without = (branches_flops(config, branches, logits=logits) for logits in (True, False))
+        return self.logits * with_logits + (self.hidden + reward) * without
 
 
 def make_critic(trunk: dict, width: int) -> dict:
@@ -116,7 +129,7 @@ def grpo_learner(config: GRPOStage, problem: Problem) -> Learner:
         exact_kl=evaluate if exact else None,
         greedy=_greedy(config),
     )
-    passes = Passes(logits=1 + (algorithm.kl_coefficient is not None) + 3 * algorithm.epochs, hidden=1)
+    passes = Passes(logits=1 + (algorithm.kl_coefficient is not None) + 3 * algorithm.epochs, hidden=0)
     return Learner(_algorithm(config, evaluate), as_batch, problem.reference, _whole, passes)
 
 
@@ -129,14 +142,14 @@ def online_dpo_learner(config: OnlineDPOStage, problem: Problem) -> Learner:
         best_worst_pairs(lm, temperature=config.temperature),
         problem.reference,
         _whole,
-        Passes(logits=1 + 4 * 2 / config.samples, hidden=1),  # reference and policy read two of the samples
+        Passes(logits=1 + 4 * 2 / config.samples, hidden=0),  # reference and policy read two of the samples
     )
 
 
 def raft_learner(config: RAFTStage, problem: Problem) -> Learner:
     """Fine-tuning on the best of each prompt's samples."""
     evaluate = judged_evaluate(problem.text.lm, temperature=config.temperature)
-    passes = Passes(logits=1 + 3 / config.samples, hidden=1)  # the policy learns from one of the samples
+    passes = Passes(logits=1 + 3 / config.samples, hidden=0)  # the policy learns from one of the samples
     return Learner(_algorithm(config, evaluate), best_of_samples(), problem.reference, _whole, passes)
 
 
@@ -246,10 +259,8 @@ def optimise_policy(name: str, config: Config, learner: Learner, problem: Proble
 
     def measure(i: int, experience) -> dict[str, float]:
         del i
-        branches = experience[1].branches
-        flops = (branches_flops(text.lm.config, branches, logits=logits) for logits in (True, False))
-        total = sum(passes * of_one for passes, of_one in zip(learner.passes, flops, strict=True))
-        return {"gold": float(score_texts(experience)[1].mean()), "perf/model_flops": total}
+        flops = learner.passes.flops(text.lm.config, experience[1].branches, reward=True)
+        return {"gold": float(score_texts(experience)[1].mean()), "perf/model_flops": flops}
 
     def samples(i: int, experience) -> list[dict[str, Any]]:
         del i

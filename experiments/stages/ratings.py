@@ -89,7 +89,7 @@ def branches_at(
 
 def _rewards(problem: Problem, rows: np.ndarray, token: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The reward of every completion, float32 [B, G]."""
-    reward = jax.jit(problem.reward)
+    reward = jax.jit(problem.on_device())
     # The last part is filled up, so that nothing compiles twice.
     parts = np.resize(np.arange(len(rows)), (-(-len(rows) // BATCH), BATCH))
     found = [

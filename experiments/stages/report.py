@@ -149,8 +149,10 @@ PANELS = (  # label, metric, title; a method shows those it logs
 )
 
 
-def policy_optimisation_section(folder: RunFolder, gold_name: str, stage: str = "ppo") -> Section:
-    """A method's curves and, where it sampled, reward against gold along it."""
+def policy_optimisation_section(
+    folder: RunFolder, gold_name: str, stage: str = "ppo", *, ahead: bool = False
+) -> Section:
+    """A method's curves and, where there is a gold score beside its reward, the one against the other along it."""
     metrics = folder.metrics(stage)
     step = [m["step"] for m in metrics]
     panels = [
@@ -160,19 +162,26 @@ def policy_optimisation_section(folder: RunFolder, gold_name: str, stage: str = 
     ]
     curves = plot_panels(_figures(folder) / f"{stage}.png", panels)
     figures = [(curves, f"{stage}, a point a step")]
-    text = (
-        verdict(metrics, gold_name)
-        if "gold" in metrics[0]
-        else "Nothing was sampled: it learnt from what had been recorded before."
-    )
+    if "gold" in metrics[0]:
+        text = verdict(metrics, gold_name)
+    elif "objective/score" in metrics[0]:
+        scores = [m["objective/score"] for m in metrics]
+        part = max(1, len(scores) // GROUPS)
+        text = f"The reward went from {np.mean(scores[:part]):.3f} to {np.mean(scores[-part:]):.3f}."
+    else:
+        text = "Nothing was sampled: it learnt from what had been recorded before."
     if "objective/kl" in metrics[0]:
-        figures.append(
-            (_overoptimisation(metrics, folder, gold_name, stage), "Reward and gold, in tenths of the run")
-        )
+        if "gold" in metrics[0]:
+            figures.append(
+                (
+                    _overoptimisation(metrics, folder, gold_name, stage),
+                    "Reward and gold, in tenths of the run",
+                )
+            )
         gap = max(m["policy/logp_gap"] for m in metrics)
         text += (
             f" The largest gap between a log-probability kept while decoding and that of the training forward: "
-            f"{gap:.1e}."
+            f"{gap:.1e}{', parameters one update old against those of now' if ahead else ''}."
         )
     return Section("Policy optimisation", text, figures=figures)
 

@@ -10,7 +10,7 @@ from rlhfjax.recipes.batches import (
     text_policy,
 )
 from rlhfjax.recipes.games import Played, best_games, cut_games, game_episodes, play_games
-from rlhfjax.recipes.host import HostIteration, host_iterations
+from rlhfjax.recipes.host import HostIteration, host_iteration, host_iterations
 from rlhfjax.recipes.preference import (
     equal_completions,
     judged_batch,
@@ -78,6 +78,7 @@ __all__ = [
     "game_episodes",
     "grpo_batch",
     "guide_params",
+    "host_iteration",
     "host_iterations",
     "init_reward_ensemble",
     "init_reward_model",

@@ -22,6 +22,61 @@ class HostIteration(NamedTuple):
     ahead: Generation | None  # the next iteration's completions, where they are drawn ahead
 
 
+class Iteration:
+    """One iteration with a reward on the host, its two halves compiled once.
+
+    rollout(state, prompts, key) draws the completions of a batch, by the key of its iteration, as the call does.
+    """
+
+    def __init__(self, rlhf: RLHF, score: Score) -> None:
+        self._rollout, self._learn = jax.jit(rlhf.rollout), jax.jit(rlhf.learn, donate_argnums=0)
+        self._score = score
+
+    def rollout(self, state: Any, prompts: Prompts, key: jax.Array) -> Generation:
+        """Completions of a batch, [B, G, C]."""
+        return self._rollout(state, prompts, jax.random.split(key)[0])
+
+    def __call__(
+        self,
+        state: Any,
+        frozen: Frozen,
+        batch: tuple[Prompts, jax.Array],
+        following: tuple[Prompts, jax.Array] | None = None,
+        generation: Generation | None = None,
+    ) -> HostIteration:
+        """Draws, scores and learns from one batch, prompts and key.
+
+        Args:
+          state: donated.
+          following: the next batch, whose completions are drawn ahead, before the update; None: not.
+          generation: completions of this batch that were drawn ahead.
+
+        Raises ValueError where `generation` or the scores are not of the batch's prompts and samples.
+        """
+        prompts, key = batch
+        drawn = self.rollout(state, prompts, key) if generation is None else generation
+        if drawn.token_BGC.shape[0] != prompts.index_B.shape[0]:
+            raise ValueError(
+                f"generation holds completions of {drawn.token_BGC.shape[0]} prompts, the first batch has "
+                f"{prompts.index_B.shape[0]}: give it with the batch that it was drawn for"
+            )
+        wait = self._score(prompts, drawn)
+        ahead = None if following is None else self.rollout(state, *following)
+        score_BG = jnp.asarray(wait(), jnp.float32)
+        if score_BG.shape[:2] != drawn.token_BGC.shape[:2]:
+            raise ValueError(
+                f"score gave scores of shape {score_BG.shape} for completions [B, G] = {drawn.token_BGC.shape[:2]}"
+            )
+        experience = Experience(as_branches(prompts, drawn), drawn, score_BG)
+        state, metrics = self._learn(state, frozen, prompts, drawn, score_BG, jax.random.split(key)[1])
+        return HostIteration(state, metrics, experience, ahead)
+
+
+def host_iteration(rlhf: RLHF, score: Score) -> Iteration:
+    """One iteration, for a loop of the caller's own; `host_iterations` is the loop, and says what `score` is."""
+    return Iteration(rlhf, score)
+
+
 def host_iterations(
     rlhf: RLHF,
     score: Score,
@@ -49,27 +104,11 @@ def host_iterations(
 
     Raises ValueError where `generation` or the scores are not of the batch's prompts and samples.
     """
-    rollout, learn = jax.jit(rlhf.rollout), jax.jit(rlhf.learn, donate_argnums=0)
+    iteration = Iteration(rlhf, score)
     remaining = iter(batches)
     batch = next(remaining, None)
     while batch is not None:
-        prompts, key = batch
-        key_rollout, key_learn = jax.random.split(key)
-        drawn = rollout(state, prompts, key_rollout) if generation is None else generation
-        if drawn.token_BGC.shape[0] != prompts.index_B.shape[0]:
-            raise ValueError(
-                f"generation holds completions of {drawn.token_BGC.shape[0]} prompts, the first batch has "
-                f"{prompts.index_B.shape[0]}: give it with the batch that it was drawn for"
-            )
-        wait = score(prompts, drawn)
-        batch, generation = next(remaining, None), None
-        if ahead and batch is not None:
-            generation = rollout(state, batch[0], jax.random.split(batch[1])[0])
-        score_BG = jnp.asarray(wait(), jnp.float32)
-        if score_BG.shape[:2] != drawn.token_BGC.shape[:2]:
-            raise ValueError(
-                f"score gave scores of shape {score_BG.shape} for completions [B, G] = {drawn.token_BGC.shape[:2]}"
-            )
-        experience = Experience(as_branches(prompts, drawn), drawn, score_BG)
-        state, metrics = learn(state, frozen, prompts, drawn, score_BG, key_learn)
-        yield HostIteration(state, metrics, experience, generation)
+        following = next(remaining, None)
+        made = iteration(state, frozen, batch, following if ahead else None, generation)
+        batch, state, generation = following, made.state, made.ahead
+        yield made

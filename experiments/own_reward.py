@@ -1,0 +1,89 @@
+"""Reinforcement learning with your own reward: any Python function of texts.
+
+  fine-tuning -> GRPO or PPO, the reward called in threads while the device works -> evaluation by the same reward
+
+A reward is `f(prompts, completions, **columns) -> list[float | None]`; see `experiments/rewards.py`.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from experiments.stages.configs import EvaluationStage, GRPOStage, PPOStage, SFTStage, Text
+
+DESCRIPTION = "your own reward, any Python function of texts: FILE.py:FUNCTION"
+
+
+@dataclass(frozen=True)
+class Config:
+    rewards: tuple[str, ...] = (
+        "experiments/rewards.py:words_from_the_prompt",
+        "experiments/rewards.py:no_repetition",
+    )
+    """Functions, each FILE.py:NAME or MODULE:NAME; the score is their weighted sum."""
+    weights: tuple[float, ...] = ()
+    """One for each reward; none: all 1."""
+    workers: int = 4
+    """Threads that call them."""
+    calls_of: int = 16
+    """Completions of one call."""
+    timeout: float = 60.0
+    """Seconds that the rewards of one iteration may take. Past it the run stops, and can be resumed."""
+    checkpoint_every: int = 10
+    """Steps between checkpoints: what a reward that fails may cost."""
+    ahead: bool = False
+    """Whether the next completions are drawn before the update that waits for the rewards: the device is busy
+    meanwhile, and learns from completions of parameters one update old, which the probability ratio corrects for."""
+    algorithm: Literal["grpo", "ppo"] = "grpo"
+    """Method of policy optimisation; the section of the same name holds its settings."""
+    text: Text = field(default_factory=Text)
+    sft: SFTStage = field(default_factory=SFTStage)
+    grpo: GRPOStage = field(default_factory=lambda: replace(GRPOStage(), missing_eos_penalty=None))
+    ppo: PPOStage = field(default_factory=lambda: replace(PPOStage(), missing_eos_penalty=None))
+    evaluation: EvaluationStage = field(
+        default_factory=lambda: EvaluationStage(prompts=256, best_of=(4,), temperatures=())
+    )
+
+
+def run(config: Config, folder) -> dict[str, float]:
+    """Runs all stages; returns the numbers of summary.json."""
+    from experiments.stages import evaluation, finetune, host_reward, policy, report, text
+    from rlhfjax.report import write_report
+
+    name, stage = config.algorithm, getattr(config, config.algorithm)
+    loaded = text.open_text(config.text)
+    train = loaded.load("train")
+    sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed)
+    policy.check(stage, len(rl_rows))
+    heldout = loaded.load("validation")  # early: a missing split should not cost the training
+    with host_reward.open_pool(config) as pool:  # early too: so should no reward that cannot be found
+        reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)
+        gold = host_reward.judge(pool, train)
+        problem = policy.Problem(loaded, reference, None, None, train, rl_rows, gold)
+        make_learner = policy.grpo_learner if name == "grpo" else policy.ppo_learner
+        parts = () if name == "grpo" else (reference,)
+        learner = make_learner(stage, problem, *parts)
+        tuned = host_reward.optimise_policy(name, stage, learner, problem, pool, folder, config)
+        found = evaluation.evaluate_policies(
+            config.evaluation,
+            loaded,
+            reference,
+            {name: text.Writer(loaded.lm, tuned)},
+            None,
+            None,
+            lambda examples: host_reward.judge(pool, examples),
+            folder,
+            temperature=stage.temperature,
+        )
+    comparisons = evaluation.compare(found, stage.temperature, name)
+    write_report(
+        folder.path,
+        f"{name} on {', '.join(reward.rpartition(':')[2] for reward in config.rewards)}, seed {folder.seed}",
+        [
+            *report.result_sections(
+                {"validation": found}, {"validation": comparisons}, "the reward", stage.temperature
+            ),
+            report.policy_optimisation_section(folder, "the reward", name, ahead=config.ahead),
+            report.text_section(found, heldout, stage.temperature),
+        ],
+    )
+    return report.summarise(found, comparisons, "validation")
