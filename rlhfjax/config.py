@@ -280,7 +280,8 @@ class Decoder:
     completions of ragged length; a batch that does not fit takes full rows. None: always full rows, which the samples
     of a prompt share."""
     attention: str = "auto"
-    """xla, cudnn (fused; bfloat16 on an NVIDIA GPU), or auto: cudnn where it serves, else xla."""
+    """xla; cudnn (fused; bfloat16 on an NVIDIA GPU); splash (fused; a TPU, untried there); or auto: cudnn where it
+    serves, else xla."""
     remat: str = "none"
     """What the backward pass computes again to save memory: none; attention (its weights alone); dots (all but products
     with parameters); block (all but what enters a block, about a third more time). XLA's CPU backend undoes it."""

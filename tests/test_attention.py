@@ -11,7 +11,7 @@ import pytest
 from compiling import compiled
 
 from rlhfjax.config import Decoder
-from rlhfjax.networks import Branches, BranchMask, attend, branch_hidden, branch_mask, decoder
+from rlhfjax.networks import Branches, BranchMask, SegmentMask, attend, branch_hidden, branch_mask, decoder
 from rlhfjax.networks.attention import kernel_for
 
 B, H, N, K, P, G, C = 2, 4, 2, 8, 3, 3, 4
@@ -153,6 +153,37 @@ def test_a_branch_mask_that_does_not_fit_is_told():
 def test_an_unknown_choice_is_refused(field, value):
     with pytest.raises(ValueError, match=f"decoder {field}='{value}' is unknown; choose one of"):
         decoder(dataclasses.replace(Decoder(), **{field: value}))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_tpus_kernel_agrees(samples):
+    """By Pallas' interpreter, values and gradients; lengths are no multiples of the kernel's blocks."""
+    mask = MASK._replace(completion_BGC=MASK.completion_BGC[:, :samples])
+    end = P + samples * C
+    arrays = QUERY[:, :, :end], KEY[..., :end], VALUE[:, :, :end]
+    real = REAL_BT[:, None, :end, None]
+
+    def run(query, key, value, kernel):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, mask, kernel), query, key, value)
+        return out * real, pull(real * jnp.cos(out))
+
+    one, two = (compiled(functools.partial(run, kernel=kernel), *arrays) for kernel in ("xla", "splash"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
+
+
+def test_the_tpus_kernel_agrees_on_packed_rows():
+    segment = np.array([[1] * 5 + [2] * 7 + [0] * 3, [1] * 15], np.int32)
+    real = (segment > 0)[:, None, :, None]
+
+    def run(query, key, value, kernel):
+        mask = SegmentMask(jnp.asarray(segment))
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, mask, kernel), query, key, value)
+        return out * real, pull(real * jnp.cos(out))
+
+    one, two = (
+        compiled(functools.partial(run, kernel=kernel), QUERY, KEY, VALUE) for kernel in ("xla", "splash")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
 
 
 @GPU

@@ -74,7 +74,7 @@ def test_what_fits_is_computed_in_fewer_rows(params):
     def flops(packing):
         lm = decoder(dataclasses.replace(CONFIG, packing=packing))
         packed, _ = pack(*given, rows_for(packing or 1.0, 12))
-        row = (packed.token_RL, packed.position_RL, packed.mask_RLL)
+        row = (packed.token_RL, packed.position_RL, packed.mask)
         program = jax.jit(lambda p, t, o, m: lm.apply(p, t, position_BT=o, mask_BTS=m)[0]).lower(params, *row)
         analysis: Any = program.cost_analysis()
         return analysis["flops"]

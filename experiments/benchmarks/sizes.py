@@ -25,7 +25,7 @@ class Sizes:
     dtype: str = "float32"
     """Compute type: float32 or bfloat16."""
     attention: str = "auto"
-    """Attention's kernel: auto, xla or cudnn."""
+    """Attention's kernel: auto, xla, cudnn or splash."""
     remat: str = "none"
     """What the backward pass computes again: none, attention, dots or block."""
     packing: float | None = None

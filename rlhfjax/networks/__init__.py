@@ -3,7 +3,7 @@
 Modules never leave this room: a State, a checkpoint and an algorithm hold nested dictionaries of arrays only.
 """
 
-from rlhfjax.networks.attention import BranchMask, attend, branch_mask, causal_mask
+from rlhfjax.networks.attention import BranchMask, SegmentMask, attend, branch_mask, causal_mask
 from rlhfjax.networks.branches import Branches, branch_hidden, pad_prompt_positions
 from rlhfjax.networks.decoder import Cache, LanguageModel, decoder
 from rlhfjax.networks.heads import init_scalar_head, scalar_head
@@ -25,6 +25,7 @@ __all__ = [
     "Cache",
     "LanguageModel",
     "MLP",
+    "SegmentMask",
     "attend",
     "best_token",
     "branch_hidden",

@@ -1,4 +1,4 @@
-"""Attention of queries to keys under a mask, by XLA's products or cuDNN's fused kernel.
+"""Attention of queries to keys under a mask, by XLA's products or a fused kernel.
 
 Shapes: B sequences, T query positions, S key positions, H query heads, N key-value heads, K head size; P prompt
 length, G completions of a prompt, C completion length. H / N query heads share a key-value head (arXiv 2305.13245).
@@ -10,7 +10,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
-KERNELS = ("auto", "xla", "cudnn")
+from rlhfjax.networks.splash import splash
+
+KERNELS = ("auto", "xla", "cudnn", "splash")
 _HIDDEN = -1e30  # the score of a key that a query may not see; finite, so that no gradient is NaN
 
 
@@ -24,6 +26,12 @@ class BranchMask(NamedTuple):
 
     prompt_BP: jax.Array  # bool, True on real tokens; left-padded
     completion_BGC: jax.Array  # bool
+
+
+class SegmentMask(NamedTuple):
+    """Packed rows: a token sees itself and what precedes it in its own segment; `causal_mask` as an array."""
+
+    segment_BT: jax.Array  # int32, 0 = padding
 
 
 def causal_mask(segment_BT: jax.Array) -> jax.Array:
@@ -56,27 +64,43 @@ def attend(
     query_BHTK: jax.Array,
     key_BNKS: jax.Array,
     value_BNSK: jax.Array,
-    mask: jax.Array | BranchMask,
+    mask: "Mask",
     kernel: str = "xla",
 ) -> jax.Array:
     """softmax(query key^T / sqrt(K)) value, [B, H, T, K]; the softmax in float32.
 
     Args:
-      mask: bool [B, T, S], True where a query may see a key, and every query must see one; or a `BranchMask`, with
-        T = S = P + G * C.
-      kernel: "xla" or "cudnn" (bfloat16 on an NVIDIA GPU; scores are never in memory). See `kernel_for`.
+      mask: bool [B, T, S], True where a query may see a key, and every query must see one; or a `SegmentMask`, with
+        T = S, or a `BranchMask`, with T = S = P + G * C.
+      kernel: "xla"; "cudnn" (bfloat16 on an NVIDIA GPU) and "splash" (a TPU; masks that are arrays take "xla"), which
+        never have the scores in memory. See `kernel_for`.
     """
+    if kernel == "splash" and isinstance(mask, BranchMask):
+        return _splash_branches(query_BHTK, key_BNKS, value_BNSK, mask)
+    if kernel == "splash" and isinstance(mask, SegmentMask):
+        return _splash_segments(query_BHTK, key_BNKS, value_BNSK, mask)
     if isinstance(mask, BranchMask) and mask.completion_BGC.shape[1] > 1:
         of_branches = _cudnn_branches if kernel == "cudnn" else _xla_branches
         return of_branches(query_BHTK, key_BNKS, value_BNSK, mask)
-    mask_BTS = branch_mask(*mask) if isinstance(mask, BranchMask) else mask
+    mask_BTS = as_array(mask)
     return (_cudnn if kernel == "cudnn" else _xla)(query_BHTK, key_BNKS, value_BNSK, mask_BTS)
+
+
+Mask = jax.Array | SegmentMask | BranchMask
+
+
+def as_array(mask: Mask) -> jax.Array:
+    """The mask as bool [B, T, S]."""
+    if isinstance(mask, BranchMask):
+        return branch_mask(*mask)
+    return causal_mask(mask.segment_BT) if isinstance(mask, SegmentMask) else mask
 
 
 def kernel_for(wanted: str, dtype: jnp.dtype, head_size: int, queries: int) -> str:
     """What "auto" is here: cuDNN's kernel where it serves (a GPU, bfloat16, heads of 8, 16, ... 128, several queries).
 
-    The backend is JAX's default one, when the program is traced.
+    The backend is JAX's default one, when the program is traced. "splash" is never chosen: it has been run by Pallas'
+    interpreter only.
     """
     if wanted != "auto":
         return wanted
@@ -147,11 +171,43 @@ def _cudnn(query_BHTK, key_BNKS, value_BNSK, mask_BTS):
 
 
 def _cudnn_branches(query_BHTK, key_BNKS, value_BNSK, mask: BranchMask):
-    """The prompt by itself; then every completion as a row of its own, with a copy of the prompt's keys."""
-    batch, heads, _, size = query_BHTK.shape
-    (_, prompt), (_, samples, length) = mask.prompt_BP.shape, mask.completion_BGC.shape
-    prompt_key, prompt_value = key_BNKS[..., :prompt], value_BNSK[:, :, :prompt]
-    of_prompt = _cudnn(query_BHTK[:, :, :prompt], prompt_key, prompt_value, _causal(mask.prompt_BP))
+    prompt, completions = _as_rows(query_BHTK, key_BNKS, value_BNSK, mask)
+    own = _causal(mask.completion_BGC.reshape(-1, mask.completion_BGC.shape[2]))
+    prompt_BGP = jnp.repeat(mask.prompt_BP, mask.completion_BGC.shape[1], axis=0)
+    seen = jnp.broadcast_to(prompt_BGP[:, None], (*own.shape[:2], prompt_BGP.shape[1]))
+    return _from_rows(
+        _cudnn(*prompt, _causal(mask.prompt_BP)),
+        _cudnn(*completions, jnp.concatenate([seen, own], axis=2)),
+        mask,
+    )
+
+
+def _splash_segments(query_BHTK, key_BNKS, value_BNSK, mask: SegmentMask):
+    segment = mask.segment_BT
+    return splash(query_BHTK, key_BNKS, value_BNSK, segment, segment, interpret=_interpreted())
+
+
+def _splash_branches(query_BHTK, key_BNKS, value_BNSK, mask: BranchMask):
+    prompt, completions = _as_rows(query_BHTK, key_BNKS, value_BNSK, mask)
+    # Real tokens are one segment; padding, the other, sees what is padding, itself among it.
+    of_prompt = jnp.asarray(mask.prompt_BP, jnp.int32)
+    own = jnp.asarray(mask.completion_BGC, jnp.int32).reshape(-1, mask.completion_BGC.shape[2])
+    of_row = jnp.concatenate([jnp.repeat(of_prompt, mask.completion_BGC.shape[1], axis=0), own], axis=1)
+    return _from_rows(
+        splash(*prompt, of_prompt, of_prompt, interpret=_interpreted()),
+        splash(*completions, own, of_row, interpret=_interpreted()),
+        mask,
+    )
+
+
+def _interpreted() -> bool:
+    return jax.default_backend() != "tpu"
+
+
+def _as_rows(query_BHTK, key_BNKS, value_BNSK, mask: BranchMask):
+    """Queries, keys and values of the prompt; and of every completion as a row of its own, [B * G, ...], with a copy of
+    the prompt's keys."""
+    (batch, prompt), (_, samples, length) = mask.prompt_BP.shape, mask.completion_BGC.shape
 
     def per_sample(x, axis):
         """The completions' part of x, its axis (of G * C) cut in two, and the samples moved into the batch."""
@@ -162,16 +218,21 @@ def _cudnn_branches(query_BHTK, key_BNKS, value_BNSK, mask: BranchMask):
     def copies(x):
         return jnp.repeat(x, samples, axis=0)
 
-    own = _causal(mask.completion_BGC.reshape(-1, length))
-    seen = jnp.broadcast_to(copies(mask.prompt_BP)[:, None], (batch * samples, length, prompt))
-    out = _cudnn(
+    prompts = query_BHTK[:, :, :prompt], key_BNKS[..., :prompt], value_BNSK[:, :, :prompt]
+    completions = (
         per_sample(query_BHTK, 2),
-        jnp.concatenate([copies(prompt_key), per_sample(key_BNKS, 3)], axis=3),
-        jnp.concatenate([copies(prompt_value), per_sample(value_BNSK, 2)], axis=2),
-        jnp.concatenate([seen, own], axis=2),
+        jnp.concatenate([copies(prompts[1]), per_sample(key_BNKS, 3)], axis=3),
+        jnp.concatenate([copies(prompts[2]), per_sample(value_BNSK, 2)], axis=2),
     )
-    out = jnp.moveaxis(out.reshape(batch, samples, heads, length, size), 1, 2)
-    return jnp.concatenate([of_prompt, out.reshape(batch, heads, samples * length, size)], axis=2)
+    return prompts, completions
+
+
+def _from_rows(of_prompt_BHPK: jax.Array, of_rows: jax.Array, mask: BranchMask) -> jax.Array:
+    """The two parts in one row, [B, H, T, K]."""
+    batch, heads, _, size = of_prompt_BHPK.shape
+    _, samples, length = mask.completion_BGC.shape
+    out = jnp.moveaxis(of_rows.reshape(batch, samples, heads, length, size), 1, 2)
+    return jnp.concatenate([of_prompt_BHPK, out.reshape(batch, heads, samples * length, size)], axis=2)
 
 
 def _causal(real_BT: jax.Array) -> jax.Array:

@@ -81,9 +81,7 @@ def _in_full_rows(lm: LanguageModel, params: dict, branches: Branches) -> tuple[
 
 
 def _in_fewer_rows(lm: LanguageModel, params: dict, packed: PackedRows) -> tuple[jax.Array, jax.Array]:
-    hidden_RLD, _ = lm.apply(
-        params, packed.token_RL, position_BT=packed.position_RL, mask_BTS=packed.mask_RLL
-    )
+    hidden_RLD, _ = lm.apply(params, packed.token_RL, position_BT=packed.position_RL, mask_BTS=packed.mask)
     hidden_ND = hidden_RLD.reshape(-1, hidden_RLD.shape[-1])
     # What precedes a completion token in its row precedes it in its sequence too: no prompt is empty.
     return hidden_ND[packed.index_BGC - 1], hidden_ND[packed.index_BGC]

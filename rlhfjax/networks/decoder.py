@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.config import Decoder as Config
-from rlhfjax.networks.attention import KERNELS, BranchMask, attend, kernel_for
+from rlhfjax.networks.attention import KERNELS, BranchMask, SegmentMask, attend, kernel_for
 
 
 class LayerCache(NamedTuple):
@@ -41,7 +41,8 @@ class LanguageModel(NamedTuple):
     apply(params, token_BT, *, position_BT, mask_BTS, cache=None, slot=0) -> (hidden_BTD, cache)
         Final normalised hidden states. `token` and `position` int32, `mask` bool, True where the query may see the key.
         Without a cache S = T and the keys are the tokens themselves; the mask may then be a `BranchMask`, whose rows
-        cost less. With one, the new keys are written to slots slot .. slot + T - 1 of its S slots before attention.
+        cost less, or a `SegmentMask`, which a kernel may read as it is. With one, the new keys are written to slots
+        slot .. slot + T - 1 of its S slots before attention.
     embedding(params) -> [V, D]
         The output embedding: logits = hidden @ embedding.T. Kept apart from `apply`, so that log-probabilities can be
         computed in chunks (`ops.token_logprobs`) without a [B, T, V] array.
@@ -263,8 +264,14 @@ def decoder(config: Config) -> LanguageModel:
         chex.assert_rank([token_BT, position_BT], 2)
         chex.assert_type([token_BT, position_BT], int)
         chex.assert_equal_shape([token_BT, position_BT])
+        if isinstance(mask_BTS, BranchMask | SegmentMask) and cache is not None:
+            kind = type(mask_BTS).__name__
+            raise ValueError(f"a {kind} is for whole rows; with a cache give the mask as an array, [B, T, S]")
         if isinstance(mask_BTS, BranchMask):
-            _check_branches(mask_BTS, token_BT, cache)
+            _check_branches(mask_BTS, token_BT)
+        elif isinstance(mask_BTS, SegmentMask):
+            chex.assert_type(mask_BTS.segment_BT, int)
+            chex.assert_equal_shape([token_BT, mask_BTS.segment_BT])
         else:
             chex.assert_rank(mask_BTS, 3)
             chex.assert_type(mask_BTS, bool)
@@ -316,12 +323,10 @@ def _decoding(params: dict, dtype: jnp.dtype, transpose: bool) -> dict:
     return out
 
 
-def _check_branches(mask: BranchMask, token_BT: jax.Array, cache: Cache | None) -> None:
+def _check_branches(mask: BranchMask, token_BT: jax.Array) -> None:
     chex.assert_rank(list(mask), [2, 3])
     chex.assert_type(list(mask), bool)
     (batch, prompt), (_, samples, length) = mask.prompt_BP.shape, mask.completion_BGC.shape
-    if cache is not None:
-        raise ValueError("a BranchMask is for whole rows; with a cache give the mask as an array, [B, T, S]")
     if token_BT.shape != (batch, prompt + samples * length):
         raise ValueError(
             f"tokens {token_BT.shape} are not the rows of the mask: {batch} of a prompt of {prompt} and {samples} "

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlhfjax.networks.attention import causal_mask
+from rlhfjax.networks.attention import SegmentMask
 
 
 class Places(NamedTuple):
@@ -29,9 +29,9 @@ class PackedRows(NamedTuple):
     index_BGC: jax.Array  # int32, of every completion token among the R * L, of padding any
 
     @property
-    def mask_RLL(self) -> jax.Array:
+    def mask(self) -> SegmentMask:
         """Which token sees which."""
-        return causal_mask(self.segment_RL)
+        return SegmentMask(self.segment_RL)
 
 
 def first_fit(length_N: jax.Array, rows: int, row_length: int) -> Places:

@@ -12,8 +12,8 @@ from rlhfjax.algorithms.algorithm import Evaluation
 from rlhfjax.networks import (
     Branches,
     LanguageModel,
+    SegmentMask,
     branch_hidden,
-    causal_mask,
     scalar_head,
 )
 from rlhfjax.ops import token_kl, token_logprobs
@@ -32,7 +32,7 @@ def packed_logp(lm: LanguageModel) -> Callable[[dict, PackedInputs], jax.Array]:
     """`evaluate` of supervised fine-tuning: log-probability of every target, float32 [B, T]."""
 
     def evaluate(params: dict, inputs: PackedInputs) -> jax.Array:
-        mask = causal_mask(inputs.segment_BT)
+        mask = SegmentMask(inputs.segment_BT)
         hidden, _ = lm.apply(params, inputs.token_BT, position_BT=inputs.position_BT, mask_BTS=mask)
         return token_logprobs(hidden, lm.embedding(params), inputs.target_BT).logp
 
