@@ -33,7 +33,9 @@ def branches(lengths=LENGTHS) -> Branches:
 
 @pytest.fixture(scope="module")
 def params():
-    return compiled(lambda key: jax.tree.map(lambda x: x * 2.0, decoder(CONFIG).init(key)), jax.random.key(0))
+    params = compiled(decoder(CONFIG).init, jax.random.key(0))
+    # Of size 1 at the first norm: its derivative would enlarge rounding errors fifty times.
+    return params | {"embedding": params["embedding"] * 50.0}
 
 
 @functools.cache
@@ -64,7 +66,7 @@ def test_the_same_states_and_gradients_as_in_full_rows(params, packing, lengths)
     (full, gradient), (fewer, again) = (evaluated(x)(params, given) for x in (None, packing))
     for one, other in zip(full, fewer, strict=True):
         np.testing.assert_allclose(np.asarray(other)[real], np.asarray(one)[real], atol=2e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max()), gradient, again)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max()), gradient, again)
 
 
 def test_what_fits_is_computed_in_fewer_rows(params):
