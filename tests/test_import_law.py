@@ -33,6 +33,7 @@ ROOMS = {
 MAY_IMPORT = {
     "ops": set(),
     "config": set(),
+    "accelerators": set(),  # a table, beside the device it is read for
     **dict.fromkeys(RUN - {"config"}, RUN),
     **dict.fromkeys(["checkpoint", "mesh"], {"config"}),
     **dict.fromkeys(["algorithms", "networks", "environments", "rewards", "data"], PURE),
