@@ -17,6 +17,7 @@ from rlhfjax.networks import (
     init_scalar_head,
     scalar_head,
 )
+from rlhfjax.ops import token_logprobs
 
 LLAMA = Decoder(
     vocab_size=11, width=16, layers=2, heads=4, kv_heads=2, head_size=6, mlp_width=20, max_positions=32
@@ -272,3 +273,30 @@ def test_wrong_ranks_and_types_are_refused():
         lm.apply(params, jnp.asarray(np.ones(3, np.int32)), position_BT=token, mask_BTS=mask_BTS)
     with pytest.raises(AssertionError):
         lm.apply(params, token.astype(jnp.float32), position_BT=token, mask_BTS=mask_BTS)
+
+
+def test_bfloat16_computes_over_float32_parameters():
+    """Hidden states near those of float32, and gradients in the parameters' own type, near theirs too."""
+    narrow = dataclasses.replace(LLAMA, dtype="bfloat16")
+    _, params = randomised(LLAMA)
+    branches = make_branches()
+    real = np.asarray(branches.completion_mask_BGC)
+
+    def run(config):
+        lm = decoder(config)
+
+        def loss(params):
+            before, _ = branch_hidden(lm, params, branches)
+            logp = token_logprobs(before, lm.embedding(params), branches.completion_BGC).logp
+            return -jnp.sum(jnp.where(real, logp, 0.0)) / real.sum(), (before, logp)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    ((loss, (hidden, logp)), gradient), ((exact, (wide, wide_logp)), wide_gradient) = run(narrow), run(LLAMA)
+    assert hidden.dtype == jnp.bfloat16 and wide.dtype == logp.dtype == jnp.float32
+    assert float(loss) != float(exact)
+    np.testing.assert_allclose(np.asarray(hidden, np.float32)[real], wide[real], atol=0.1)
+    np.testing.assert_allclose(logp[real], wide_logp[real], atol=0.1)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(wide_gradient), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, atol=0.1 * np.abs(theirs).max())
