@@ -11,7 +11,16 @@ import pytest
 from compiling import compiled
 
 from rlhfjax.config import Decoder
-from rlhfjax.networks import Branches, BranchMask, SegmentMask, attend, branch_hidden, branch_mask, decoder
+from rlhfjax.networks import (
+    Branches,
+    BranchMask,
+    SegmentMask,
+    attend,
+    attention,
+    branch_hidden,
+    branch_mask,
+    decoder,
+)
 from rlhfjax.networks.attention import kernel_for
 
 B, H, N, K, P, G, C = 2, 4, 2, 8, 3, 3, 4
@@ -153,6 +162,16 @@ def test_a_branch_mask_that_does_not_fit_is_told():
 def test_an_unknown_choice_is_refused(field, value):
     with pytest.raises(ValueError, match=f"decoder {field}='{value}' is unknown; choose one of"):
         decoder(dataclasses.replace(Decoder(), **{field: value}))
+
+
+def test_completions_as_rows_of_their_own_are_the_same(monkeypatch):
+    """What surrounds cuDNN's kernel, with XLA's products in its place."""
+    monkeypatch.setattr(attention, "_cudnn", attention._xla)
+    one, two = (
+        compiled(lambda q, k, v, kernel: attend(q, k, v, MASK, kernel), QUERY, KEY, VALUE, kernel=kernel)
+        for kernel in ("xla", "cudnn")
+    )
+    np.testing.assert_allclose(one, two, atol=1e-5)
 
 
 @pytest.mark.parametrize("samples", [1, 3])
