@@ -1,7 +1,7 @@
 """What a run says of its own speed: utilisation, idle time, memory, and what a trace holds."""
 
 import json
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,22 +83,24 @@ def test_no_utilisation_where_the_peak_is_unknown(tmp_path):
     assert "mfu" not in lines[-1] and lines[-1]["model_flops_per_second"] > 0
 
 
-def test_idle_time_is_what_the_host_took_while_the_device_had_nothing(tmp_path):
-    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda i, y: jnp.sin(y @ y), x))
-    x = jnp.ones((200, 200))
-    slow(x).block_until_ready()
+def test_idle_time_is_what_passes_between_the_end_of_a_step_and_the_start_of_the_next():
+    now, done = [10.0], threading.Event()
+    clock = loop._DeviceClock(now=lambda: now[0], wait=lambda event: event.wait())
+    assert clock.start() == 0.0  # the first step waits for nothing
+    clock.watch(done)
+    now[0] = 12.0
+    assert clock.start() == 0.0  # the device is still at work
+    now[0] = 13.0
+    done.set()
+    assert clock._waiting is not None
+    clock._waiting.join()
+    now[0] = 15.5
+    assert clock.start() == 2.5
 
-    def step(state, given, i):
-        return state, {"loss": slow(x)[0, 0] * 0}
 
-    def pausing(i):
-        time.sleep(0.2 if i == 2 else 0.0)
-
-    lines = run(tmp_path, step, steps=5, batch=pausing)
-    idle = [line["idle_seconds"] for line in lines]
-    assert idle[0] == 0.0
-    assert 0.0 < idle[2] < 0.2  # the pause, less what the device still had to do
-    assert idle[2] > max(idle[1], idle[3], idle[4])
+def test_every_step_says_how_long_the_device_was_idle_before_it(tmp_path):
+    lines = run(tmp_path, lambda state, i: (state, {"loss": 0.5}))
+    assert lines[0]["idle_seconds"] == 0.0 and all(line["idle_seconds"] >= 0.0 for line in lines)
 
 
 def test_a_trace_tells_what_devices_did():

@@ -12,6 +12,7 @@ from compiling import compiled
 
 from rlhfjax.config import Decoder
 from rlhfjax.networks import Branches, branch_hidden, decoder
+from rlhfjax.networks import branches as networks_branches
 from rlhfjax.networks.ragged import first_fit, pack, rows_for
 
 CONFIG = Decoder(
@@ -69,8 +70,26 @@ def test_the_same_states_and_gradients_as_in_full_rows(params, packing, lengths)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max()), gradient, again)
 
 
-def test_what_fits_is_computed_in_fewer_rows(params):
-    """Compiled shapes: the longest way of a program without full rows is half as long."""
+@pytest.mark.parametrize(("lengths", "full"), [(LENGTHS, False), (np.full((4, 3), C), True)])
+def test_full_rows_are_taken_only_where_the_fewer_do_not_hold_all(params, lengths, full, monkeypatch):
+    """Full rows that gave NaN would be seen, in states and gradients."""
+    in_full_rows = networks_branches._in_full_rows
+    monkeypatch.setattr(
+        networks_branches, "_in_full_rows", lambda *x: jax.tree.map(lambda y: y * jnp.nan, in_full_rows(*x))
+    )
+    lm = decoder(dataclasses.replace(CONFIG, packing=0.5))
+    given = branches(lengths)
+
+    def loss(params):
+        before, after = branch_hidden(lm, params, given)
+        return jnp.sum(before) + jnp.sum(after)
+
+    value, gradient = compiled(jax.value_and_grad(loss), params)
+    for x in (value, gradient["embedding"]):
+        assert np.isnan(x).any() == full
+
+
+def test_fewer_rows_are_so_much_less_work(params):
     given = branches()
 
     def flops(packing):
