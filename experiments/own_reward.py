@@ -8,31 +8,18 @@ A reward is `f(prompts, completions, **columns) -> list[float | None]`; see `exp
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from experiments.stages.configs import EvaluationStage, GRPOStage, PPOStage, SFTStage, Text
+from experiments.stages.configs import EvaluationStage, GRPOStage, HostRewards, PPOStage, SFTStage, Text
 
 DESCRIPTION = "your own reward, any Python function of texts: FILE.py:FUNCTION"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(HostRewards):
     rewards: tuple[str, ...] = (
         "experiments/rewards.py:words_from_the_prompt",
         "experiments/rewards.py:no_repetition",
     )
     """Functions, each FILE.py:NAME or MODULE:NAME; the score is their weighted sum."""
-    weights: tuple[float, ...] = ()
-    """One for each reward; none: all 1."""
-    workers: int = 4
-    """Threads that call them."""
-    calls_of: int = 16
-    """Completions of one call."""
-    timeout: float = 60.0
-    """Seconds that the rewards of one iteration may take. Past it the run stops, and can be resumed."""
-    checkpoint_every: int = 10
-    """Steps between checkpoints: what a reward that fails may cost."""
-    ahead: bool = False
-    """Whether the next completions are drawn before the update that waits for the rewards: the device is busy
-    meanwhile, and learns from completions of parameters one update old, which the probability ratio corrects for."""
     algorithm: Literal["grpo", "ppo"] = "grpo"
     """Method of policy optimisation; the section of the same name holds its settings."""
     text: Text = field(default_factory=Text)
@@ -57,7 +44,8 @@ def run(config: Config, folder) -> dict[str, float]:
     heldout = loaded.load("validation")  # early: a missing split should not cost the training
     with host_reward.open_pool(config) as pool:  # early too: so should no reward that cannot be found
         reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)
-        gold = host_reward.judge(pool, train)
+        at_once = stage.prompts * stage.samples
+        gold = host_reward.judge(pool, train, at_once)
         problem = policy.Problem(loaded, reference, None, None, train, rl_rows, gold)
         make_learner = policy.grpo_learner if name == "grpo" else policy.ppo_learner
         parts = () if name == "grpo" else (reference,)
@@ -70,7 +58,7 @@ def run(config: Config, folder) -> dict[str, float]:
             {name: text.Writer(loaded.lm, tuned)},
             None,
             None,
-            lambda examples: host_reward.judge(pool, examples),
+            lambda examples: host_reward.judge(pool, examples, at_once),
             folder,
             temperature=stage.temperature,
         )

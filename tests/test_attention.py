@@ -205,6 +205,15 @@ def test_the_tpus_kernel_agrees_on_packed_rows():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, two)
 
 
+def test_cudnn_in_float32_and_keys_unlike_values_are_refused():
+    with pytest.raises(
+        ValueError, match='attention="cudnn" needs dtype="bfloat16", this decoder has \'float32\''
+    ):
+        decoder(Decoder(attention="cudnn"))
+    with pytest.raises(AssertionError, match="shape"):
+        attend(jnp.asarray(QUERY), jnp.asarray(KEY[..., 1:]), jnp.asarray(VALUE), MASK)
+
+
 @GPU
 @pytest.mark.parametrize("dense", [False, True], ids=["branches", "array"])
 def test_the_fused_kernel_agrees(dense):

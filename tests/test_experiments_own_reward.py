@@ -1,14 +1,16 @@
 """RL with a reward of the user's own: found, called in threads, drawn ahead, resumed, and told when it fails."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from running import start
 from tiny_text import write_world
 
 from experiments import run
-from experiments.stages.host_reward import find_reward
+from experiments.stages.host_reward import find_reward, judge
 from rlhfjax.run_folder import read_lines
 
 BITWISE = ("metrics.jsonl", "samples.jsonl", "summary.json")
@@ -130,6 +132,37 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(settings, change, 
     assert start("own_reward", settings | change, tmp_path / "run") != 0
     assert words in " ".join("".join(capsys.readouterr()).split())
     assert not (tmp_path / "run" / "checkpoints" / "sft").exists()
+
+
+def test_the_evaluation_hands_over_no_more_at_once_than_an_iteration():
+    """The pool's time-out is for what it is handed: all of an evaluation at once would not be done in time."""
+    handed = []
+
+    class Pool:
+        def submit(self, prompts, completions, columns):
+            handed.append(list(completions))
+            return lambda: np.asarray([float(text) for text in completions], np.float32)
+
+    examples: Any = SimpleNamespace(prompts=["p"] * 5, references=["r"] * 5)
+    texts = [[str(3 * b + g) for g in range(3)] for b in range(5)]
+    pool: Any = Pool()
+    scores = judge(pool, examples, at_once=7)(np.arange(5), texts)
+    np.testing.assert_array_equal(scores, np.arange(15).reshape(5, 3))
+    assert [len(x) for x in handed] == [6, 6, 3]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def short(:", "SyntaxError: invalid syntax (run.py, line 1)"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("", "has no function 'short'"),
+    ],
+)
+def test_a_file_that_is_broken_or_empty_is_named(settings, code, words, tmp_path, capsys):
+    assert begin(settings, tmp_path / "run", code) != 0
+    out = " ".join("".join(capsys.readouterr()).split())
+    assert words in out and "Traceback" not in out
 
 
 def test_the_rewards_to_copy_are_what_they_say():

@@ -217,6 +217,28 @@ class RAFTStage:
 
 
 @dataclass(frozen=True)
+class HostRewards:
+    """Rewards that are Python functions of texts, and how they are called."""
+
+    rewards: tuple[str, ...] = ()
+    """Functions, each FILE.py:NAME or MODULE:NAME; the score is their weighted sum."""
+    weights: tuple[float, ...] = ()
+    """One for each reward; none: all 1."""
+    workers: int = 4
+    """Threads that call them."""
+    calls_of: int = 16
+    """Completions of one call."""
+    timeout: float = 60.0
+    """Seconds that the rewards of one iteration may take, in the evaluation those of as many completions. Past it the
+    run stops, and can be resumed."""
+    checkpoint_every: int = 10
+    """Steps between checkpoints: what a reward that fails may cost."""
+    ahead: bool = False
+    """Whether the next completions are drawn before the update that waits for the rewards: the device is busy
+    meanwhile, and learns from completions of parameters one update old, which the probability ratio corrects for."""
+
+
+@dataclass(frozen=True)
 class SoftQStage:
     """Soft Q-learning of the policy on the rated samples (path consistency, arXiv 1702.08892, 2106.07704)."""
 

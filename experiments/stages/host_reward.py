@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 from experiments.loop import Show, run_stage
 from experiments.options import did_you_mean
 from experiments.stages import policy
-from experiments.stages.configs import GRPOStage, PPOStage
+from experiments.stages.configs import GRPOStage, HostRewards, PPOStage
 from experiments.stages.evaluation import Gold
 from experiments.stages.policy import Learner, Problem
 from experiments.stages.text import Examples
@@ -28,25 +28,6 @@ from rlhfjax.run_folder import RunFolder
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Rewards(Protocol):
-    """What this stage reads of the experiment's settings."""
-
-    @property
-    def rewards(self) -> tuple[str, ...]: ...
-    @property
-    def weights(self) -> tuple[float, ...]: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def calls_of(self) -> int: ...
-    @property
-    def timeout(self) -> float: ...
-    @property
-    def checkpoint_every(self) -> int: ...
-    @property
-    def ahead(self) -> bool: ...
-
-
 class State(NamedTuple):
     """What a checkpoint holds."""
 
@@ -54,7 +35,7 @@ class State(NamedTuple):
     ahead: Generation | None  # completions of the next step, where they are drawn ahead
 
 
-def open_pool(config: Rewards) -> RewardPool:
+def open_pool(config: HostRewards) -> RewardPool:
     """The threads that call the rewards. Raises ValueError where one cannot be found, or the weights do not fit."""
     if config.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every={config.checkpoint_every} must be at least 1 step")
@@ -101,7 +82,10 @@ def _from_file(path: str) -> Any:
         raise ValueError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that what the file defines can name its module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file does
+        raise ValueError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
     return module
 
 
@@ -112,11 +96,16 @@ def _from_module(name: str) -> Any:
         raise ValueError(f"there is no module {name!r} ({error})") from error
 
 
-def judge(pool: RewardPool, examples: Examples) -> Gold:
-    """(rows, texts [B][G]) -> scores [B, G], of completions of the examples' prompts."""
+def judge(pool: RewardPool, examples: Examples, at_once: int) -> Gold:
+    """(rows, texts [B][G]) -> scores [B, G], of completions of the examples' prompts.
+
+    They are handed to the pool about `at_once` texts at a time, since its time-out is for what is handed to it.
+    """
 
     def gold(rows: np.ndarray, texts: list[list[str]]) -> np.ndarray:
-        return _submit(pool, examples, rows, texts)()
+        count = max(1, at_once // len(texts[0]))
+        parts = [slice(start, start + count) for start in range(0, len(texts), count)]
+        return np.concatenate([_submit(pool, examples, rows[part], texts[part])() for part in parts])
 
     return gold
 
@@ -139,7 +128,7 @@ def optimise_policy(
     problem: Problem,
     pool: RewardPool,
     folder: RunFolder,
-    rewards: Rewards,
+    rewards: HostRewards,
 ) -> dict:
     """Runs the stage `name` from the reference; returns the policy's parameters.
 
@@ -190,16 +179,9 @@ def optimise_policy(
     def samples(i: int, seen) -> list[dict[str, Any]]:
         del i
         index, (_, generation, score) = seen
-        texts = text.decode(generation.token_BGC, generation.mask_BGC)
-        return [
-            {
-                "prompt": examples.prompts[index[b]],
-                "reference": examples.references[index[b]],
-                "completion": texts[b][0],
-                "reward": float(score[b, 0]),
-            }
-            for b in range(min(4, len(index)))
-        ]
+        return policy.sample_rows(
+            examples, index, text.decode(generation.token_BGC, generation.mask_BGC), {"reward": score}
+        )
 
     state = run_stage(
         name,

@@ -1,6 +1,6 @@
 """Policy optimisation on the policy's own samples: the compiled iteration, its state, and what is logged of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -266,16 +266,7 @@ def optimise_policy(name: str, config: Config, learner: Learner, problem: Proble
         del i
         index, (_, _, score) = experience
         texts, golds = score_texts(experience)
-        return [
-            {
-                "prompt": examples.prompts[index[b]],
-                "reference": examples.references[index[b]],
-                "completion": texts[b][0],
-                "reward": float(score[b, 0]),
-                "gold": float(golds[b, 0]),
-            }
-            for b in range(min(4, len(index)))
-        ]
+        return sample_rows(examples, index, texts, {"reward": score, "gold": golds})
 
     state = run_stage(
         name,
@@ -288,6 +279,21 @@ def optimise_policy(name: str, config: Config, learner: Learner, problem: Proble
         show=Show(columns=COLUMNS, every=1, measure=measure, samples=samples, samples_every=25),
     )
     return learner.policy(state.params)
+
+
+def sample_rows(
+    examples: Examples, index: np.ndarray, texts: list[list[str]], scores: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """The first completions of the first prompts, for samples.jsonl; `scores` by name, each [B, G]."""
+    return [
+        {
+            "prompt": examples.prompts[index[b]],
+            "reference": examples.references[index[b]],
+            "completion": texts[b][0],
+        }
+        | {name: float(score_BG[b, 0]) for name, score_BG in scores.items()}
+        for b in range(min(4, len(index)))
+    ]
 
 
 def _optimizer(config: Config):

@@ -34,6 +34,9 @@ class SegmentMask(NamedTuple):
     segment_BT: jax.Array  # int32, 0 = padding
 
 
+Mask = jax.Array | SegmentMask | BranchMask
+
+
 def causal_mask(segment_BT: jax.Array) -> jax.Array:
     """The [B, T, T] mask of packed rows: a token sees itself and what precedes it in its own segment.
 
@@ -64,7 +67,7 @@ def attend(
     query_BHTK: jax.Array,
     key_BNKS: jax.Array,
     value_BNSK: jax.Array,
-    mask: "Mask",
+    mask: Mask,
     kernel: str = "xla",
 ) -> jax.Array:
     """softmax(query key^T / sqrt(K)) value, [B, H, T, K]; the softmax in float32.
@@ -74,7 +77,11 @@ def attend(
         T = S, or a `BranchMask`, with T = S = P + G * C.
       kernel: "xla"; "cudnn" (bfloat16 on an NVIDIA GPU) and "splash" (a TPU; masks that are arrays take "xla"), which
         never have the scores in memory. See `kernel_for`.
+
+    Raises AssertionError on another rank, or keys and values of different shapes.
     """
+    chex.assert_rank([query_BHTK, key_BNKS, value_BNSK], 4)
+    chex.assert_equal_shape([key_BNKS.swapaxes(2, 3), value_BNSK])
     if kernel == "splash" and isinstance(mask, BranchMask):
         return _splash_branches(query_BHTK, key_BNKS, value_BNSK, mask)
     if kernel == "splash" and isinstance(mask, SegmentMask):
@@ -84,9 +91,6 @@ def attend(
         return of_branches(query_BHTK, key_BNKS, value_BNSK, mask)
     mask_BTS = as_array(mask)
     return (_cudnn if kernel == "cudnn" else _xla)(query_BHTK, key_BNKS, value_BNSK, mask_BTS)
-
-
-Mask = jax.Array | SegmentMask | BranchMask
 
 
 def as_array(mask: Mask) -> jax.Array:

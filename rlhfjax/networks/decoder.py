@@ -360,6 +360,8 @@ def _check(config: Config) -> None:
     ):
         if getattr(config, field) < 1:
             raise ValueError(f"decoder {field} must be at least 1, got {getattr(config, field)}")
+    if config.attention == "cudnn" and config.dtype != "bfloat16":
+        raise ValueError(f'attention="cudnn" needs dtype="bfloat16", this decoder has {config.dtype!r}')
     if config.packing is not None and not 0 < config.packing <= 1:
         raise ValueError(f"decoder packing={config.packing} must lie in (0, 1], or be None for full rows")
     if config.heads % config.kv_heads:
