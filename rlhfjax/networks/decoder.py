@@ -10,7 +10,6 @@ K head size.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import chex
@@ -95,11 +94,7 @@ def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-# Made by `for_decoding`: a kernel as [outputs, inputs], and projections of one input as one.
-_TRANSPOSED, _JOINED = "kernel_transposed", "joined"
-_TO_JOIN = (("query", "key", "value"), ("gate", "up"))
-
-
+_TRANSPOSED = "kernel_transposed"  # [outputs, inputs], in place of a kernel; made by `for_decoding`
 _FEW_ROWS = 16  # up to which `_matrix_first` is faster with the embedding of a vocabulary
 
 
@@ -135,15 +130,6 @@ class Projection(nn.Module):
         return out.reshape(*x.shape[:-1], self.outputs)
 
 
-def _project(parent: nn.Module, x: jax.Array, outputs: dict[str, int], bias: bool) -> list[jax.Array]:
-    """Several projections of x, from its width, by name; in decoding all as one product."""
-    stddev = x.shape[-1] ** -0.5
-    if parent.has_variable("params", _JOINED):
-        out = Projection(sum(outputs.values()), bias, stddev, name=_JOINED)(x)
-        return jnp.split(out, list(accumulate(outputs.values()))[:-1], axis=-1)
-    return [Projection(size, bias, stddev, name=name)(x) for name, size in outputs.items()]
-
-
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245); multi-head where kv_heads equals heads."""
 
@@ -155,11 +141,12 @@ class Attention(nn.Module):
         batch, length, _ = x_BTD.shape
         size = config.head_size
 
-        heads = {"query": config.heads, "key": config.kv_heads, "value": config.kv_heads}
-        query, key, value = (
-            x.reshape(batch, length, -1, size).swapaxes(1, 2)
-            for x in _project(self, x_BTD, {k: n * size for k, n in heads.items()}, config.attention_bias)
-        )
+        def project(name, heads):
+            out = Projection(heads * size, config.attention_bias, config.width**-0.5, name=name)(x_BTD)
+            return out.reshape(batch, length, heads, size).swapaxes(1, 2)
+
+        query = project("query", config.heads)
+        key, value = project("key", config.kv_heads), project("value", config.kv_heads)
         if config.positions == "rotary":
             query, key = (rotary(x, position_BT, config.rope_theta) for x in (query, key))
         key = key.swapaxes(2, 3)
@@ -183,9 +170,9 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
         activation = {"silu": nn.silu, "gelu": nn.gelu}[config.activation]
-        names = ("gate", "up") if config.gated_mlp else ("gate",)
-        gate, *up = _project(self, x, dict.fromkeys(names, config.mlp_width), config.mlp_bias)
-        inner = activation(gate) * up[0] if up else activation(gate)
+        inner = activation(Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="gate")(x))
+        if config.gated_mlp:
+            inner = inner * Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="up")(x)
         stddev = (config.mlp_width * 2 * config.layers) ** -0.5
         return Projection(config.width, config.mlp_bias, stddev, name="down")(inner)
 
@@ -306,12 +293,7 @@ def decoder(config: Config) -> LanguageModel:
 
 
 def _decoding(params: dict, dtype: jnp.dtype, transpose: bool) -> dict:
-    """The params with every matrix in the type that computes, projections of one input joined, kernels transposed."""
-    for names in _TO_JOIN:
-        if set(names) <= params.keys():
-            parts = [params[name] for name in names]
-            joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *parts)
-            params = {k: v for k, v in params.items() if k not in names} | {_JOINED: joined}
+    """The params with every matrix in the type that computes, and the kernels transposed."""
     out = {}
     for name, value in params.items():
         if isinstance(value, dict):
