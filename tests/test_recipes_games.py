@@ -196,8 +196,10 @@ def test_padding_changes_nothing_under_a_memory(played):
 
 def test_a_game_does_not_depend_on_those_beside_it(played):
     few = jax.jit(lambda params: play_games(LM, params, ECHO, KEY, 3))(PARAMS)
-    for x, y in zip(jax.tree.leaves(few), jax.tree.leaves(played), strict=True):
-        np.testing.assert_allclose(x, y[:3], atol=1e-6)
+    for x, y in zip(jax.tree.leaves(few.games), jax.tree.leaves(played.games), strict=True):
+        np.testing.assert_array_equal(x, y[:3])
+    # Rows multiplied three at a time are not rounded as forty are: 3e-6 was seen on one machine.
+    np.testing.assert_allclose(few.logp_BT, played.logp_BT[:3], atol=2e-5)
 
 
 def test_the_same_key_gives_the_worlds_of_a_scripted_player(played):
