@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from rlhfjax.config import Decoder as Config
 from rlhfjax.networks.attention import KERNELS, BranchMask, SegmentMask, attend, kernel_for
+from rlhfjax.networks.layers import TRANSPOSED, Norm, Projection, matrix_first
 
 
 class LayerCache(NamedTuple):
@@ -30,6 +31,8 @@ class LayerCache(NamedTuple):
 
 
 Cache = tuple[LayerCache, ...]
+
+_FEW_ROWS = 16  # up to which `matrix_first` is faster with the embedding of a vocabulary
 
 
 class LanguageModel(NamedTuple):
@@ -73,61 +76,8 @@ def rotary(x_BHTK: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array
     return rotated.astype(x_BHTK.dtype)
 
 
-class Norm(nn.Module):
-    config: Config
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        config = self.config
-        scale = self.param("scale", nn.initializers.ones, (config.width,))
-        x32 = x.astype(jnp.float32)
-        if config.norm == "layernorm":
-            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        x32 = x32 * jax.lax.rsqrt(variance + config.norm_epsilon) * _along_last(scale, x32)
-        if config.norm == "layernorm":
-            x32 = x32 + _along_last(self.param("bias", nn.initializers.zeros, (config.width,)), x32)
-        return x32.astype(x.dtype)
-
-
-def _along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
-
-
-_TRANSPOSED = "kernel_transposed"  # [outputs, inputs], in place of a kernel; made by `for_decoding`
-_FEW_ROWS = 16  # up to which `_matrix_first` is faster with the embedding of a vocabulary
-
-
-def _matrix_first(matrix: jax.Array, rows: jax.Array) -> jax.Array:
-    """rows @ matrix.T for few rows, in their type.
-
-    A product of few rows with a great matrix is limited by how the matrix is read. XLA's CPU backend takes 0.6 of the
-    time where the matrix is the left factor and both lie row by row; without the barriers it undoes the transposes.
-    """
-    barrier = jax.lax.optimization_barrier
-    return barrier(matrix @ barrier(rows.T)).T
-
-
-class Projection(nn.Module):
-    """x @ kernel (+ bias): kernel [inputs, outputs], so that the optimiser and LoRA see plain matrices."""
-
-    outputs: int
-    bias: bool
-    stddev: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        # As one matrix: on CPU the gradient of a rank-3 product copies its operands, and takes twice the time.
-        rows = x.reshape(-1, x.shape[-1])
-        if self.has_variable("params", _TRANSPOSED):
-            out = _matrix_first(self.get_variable("params", _TRANSPOSED), rows)
-        else:
-            kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.outputs))
-            out = rows @ kernel.astype(x.dtype)
-        if self.bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
-            out = out + _along_last(bias.astype(x.dtype), out)
-        return out.reshape(*x.shape[:-1], self.outputs)
+def _norm(config: Config, name: str) -> Norm:
+    return Norm(config.norm, config.norm_epsilon, config.norm_offset, name=name)
 
 
 class Attention(nn.Module):
@@ -183,10 +133,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, position, mask, cache, slot):
         attended, cache = Attention(self.config, name="attention")(
-            Norm(self.config, name="attention_norm")(x), position, mask, cache, slot
+            _norm(self.config, "attention_norm")(x), position, mask, cache, slot
         )
         x = x + attended
-        x = x + MLP(self.config, name="mlp")(Norm(self.config, name="mlp_norm")(x))
+        x = x + MLP(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x))
         return x, cache
 
 
@@ -220,7 +170,7 @@ class _Decoder(nn.Module):
             layer_cache = None if cache is None else cache[layer]
             x, layer_cache = block(config, name=f"layer_{layer}")(x, position_BT, mask_BTS, layer_cache, slot)
             new_cache.append(layer_cache)
-        hidden = Norm(config, name="final_norm")(x)
+        hidden = _norm(config, "final_norm")(x)
         return hidden, (None if cache is None else tuple(new_cache))
 
 
@@ -276,7 +226,7 @@ def decoder(config: Config) -> LanguageModel:
         few = hidden[..., 0].size <= _FEW_ROWS and hidden.dtype == jnp.float32
         if few and jax.default_backend() == "cpu":
             rows = hidden.reshape(-1, config.width)
-            return _matrix_first(table, rows).reshape(*hidden.shape[:-1], -1)
+            return matrix_first(table, rows).reshape(*hidden.shape[:-1], -1)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def init_cache(batch: int, slots: int) -> Cache:
@@ -299,7 +249,7 @@ def _decoding(params: dict, dtype: jnp.dtype, transpose: bool) -> dict:
         if isinstance(value, dict):
             out[name] = _decoding(value, dtype, transpose)
         elif name == "kernel" and transpose:
-            out[_TRANSPOSED] = jax.lax.optimization_barrier(value.astype(dtype).T)
+            out[TRANSPOSED] = jax.lax.optimization_barrier(value.astype(dtype).T)
         else:
             out[name] = value if name == "scale" else value.astype(dtype)
     return out
