@@ -256,7 +256,7 @@ def test_scalar_head_starts_as_the_papers_say():
     [
         ({"kv_heads": 3}, "multiple of kv_heads"),
         ({"norm": "batchnorm"}, "norm='batchnorm' is unknown"),
-        ({"head_size": 5}, "even head_size"),
+        ({"head_size": 5}, "an even number"),
         ({"layers": 0}, "layers must be at least 1"),
     ],
 )

@@ -69,6 +69,7 @@ def attend(
     value_BNSK: jax.Array,
     mask: Mask,
     kernel: str = "xla",
+    softcap: float | None = None,
 ) -> jax.Array:
     """softmax(query key^T / sqrt(K)) value, [B, H, T, K]; the softmax in float32.
 
@@ -77,9 +78,13 @@ def attend(
         T = S, or a `BranchMask`, with T = S = P + G * C.
       kernel: "xla"; "cudnn" (bfloat16 on an NVIDIA GPU) and "splash" (a TPU; masks that are arrays take "xla"), which
         never have the scores in memory. See `kernel_for`.
+      softcap: scores x become softcap * tanh(x / softcap), before the mask (Gemma 2, arXiv 2408.00118); "xla" only.
 
-    Raises AssertionError on another rank, or keys and values of different shapes.
+    Raises AssertionError on another rank, or keys and values of different shapes; ValueError on a softcap with
+    another kernel.
     """
+    if softcap is not None and kernel != "xla":
+        raise ValueError(f'attention kernel {kernel!r} has no softcap; choose "xla"')
     chex.assert_rank([query_BHTK, key_BNKS, value_BNSK], 4)
     chex.assert_equal_shape([key_BNKS.swapaxes(2, 3), value_BNSK])
     if kernel == "splash" and isinstance(mask, BranchMask):
@@ -87,10 +92,13 @@ def attend(
     if kernel == "splash" and isinstance(mask, SegmentMask):
         return _splash_segments(query_BHTK, key_BNKS, value_BNSK, mask)
     if isinstance(mask, BranchMask) and mask.completion_BGC.shape[1] > 1:
-        of_branches = _cudnn_branches if kernel == "cudnn" else _xla_branches
-        return of_branches(query_BHTK, key_BNKS, value_BNSK, mask)
+        if kernel == "cudnn":
+            return _cudnn_branches(query_BHTK, key_BNKS, value_BNSK, mask)
+        return _xla_branches(query_BHTK, key_BNKS, value_BNSK, mask, softcap)
     mask_BTS = as_array(mask)
-    return (_cudnn if kernel == "cudnn" else _xla)(query_BHTK, key_BNKS, value_BNSK, mask_BTS)
+    if kernel == "cudnn":
+        return _cudnn(query_BHTK, key_BNKS, value_BNSK, mask_BTS)
+    return _xla(query_BHTK, key_BNKS, value_BNSK, mask_BTS, softcap)
 
 
 def as_array(mask: Mask) -> jax.Array:
@@ -100,34 +108,48 @@ def as_array(mask: Mask) -> jax.Array:
     return causal_mask(mask.segment_BT) if isinstance(mask, SegmentMask) else mask
 
 
-def kernel_for(wanted: str, dtype: jnp.dtype, head_size: int, queries: int) -> str:
-    """What "auto" is here: cuDNN's kernel where it serves (a GPU, bfloat16, heads of 8, 16, ... 128, several queries).
+def kernel_for(
+    wanted: str, dtype: jnp.dtype, head_size: int, queries: int, softcap: float | None = None
+) -> str:
+    """What "auto" is here: cuDNN's kernel where it serves (a GPU, bfloat16, heads of 8, 16, ... 128, several queries,
+    no softcap).
 
     The backend is JAX's default one, when the program is traced. "splash" is never chosen: it has been run by Pallas'
     interpreter only.
     """
     if wanted != "auto":
         return wanted
-    serves = dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128 and queries > 1
+    serves = (
+        dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128 and queries > 1 and softcap is None
+    )
     return "cudnn" if serves and jax.default_backend() == "gpu" else "xla"
 
 
-def _xla(query_BHTK, key_BNKS, value_BNSK, mask_BTS):
+def within_window(query_position_BT: jax.Array, key_position_BS: jax.Array, window: int) -> jax.Array:
+    """Whether a key is among the last `window` tokens of a query, itself included; bool [B, T, S]."""
+    return query_position_BT[:, :, None] - key_position_BS[:, None, :] < window
+
+
+def _capped(score: jax.Array, softcap: float | None) -> jax.Array:
+    return score if softcap is None else softcap * jnp.tanh(score / softcap)
+
+
+def _xla(query_BHTK, key_BNKS, value_BNSK, mask_BTS, softcap=None):
     batch, heads, length, size = query_BHTK.shape
     groups = heads // key_BNKS.shape[1]
     query = query_BHTK.reshape(batch, -1, groups, length, size)
     score = jnp.einsum("bngtk,bnks->bngts", query, key_BNKS, preferred_element_type=jnp.float32) * size**-0.5
-    score = jnp.where(mask_BTS[:, None, None], score, _HIDDEN)
+    score = jnp.where(mask_BTS[:, None, None], _capped(score, softcap), _HIDDEN)
     weight = jax.nn.softmax(score, axis=-1).astype(value_BNSK.dtype)
     return jnp.einsum("bngts,bnsk->bngtk", weight, value_BNSK).reshape(query_BHTK.shape)
 
 
-def _xla_branches(query_BHTK, key_BNKS, value_BNSK, mask: BranchMask):
+def _xla_branches(query_BHTK, key_BNKS, value_BNSK, mask: BranchMask, softcap=None):
     batch, heads, _, size = query_BHTK.shape
     kv_heads = key_BNKS.shape[1]
     (_, prompt), (_, samples, length) = mask.prompt_BP.shape, mask.completion_BGC.shape
     prompt_key, prompt_value = key_BNKS[..., :prompt], value_BNSK[:, :, :prompt]
-    of_prompt = _xla(query_BHTK[:, :, :prompt], prompt_key, prompt_value, _causal(mask.prompt_BP))
+    of_prompt = _xla(query_BHTK[:, :, :prompt], prompt_key, prompt_value, _causal(mask.prompt_BP), softcap)
 
     query = query_BHTK[:, :, prompt:].reshape(batch, kv_heads, -1, samples, length, size)
     key = key_BNKS[..., prompt:].reshape(batch, kv_heads, size, samples, length)
@@ -135,7 +157,7 @@ def _xla_branches(query_BHTK, key_BNKS, value_BNSK, mask: BranchMask):
 
     def scores(subscripts, key, mask):
         score = jnp.einsum(subscripts, query, key, preferred_element_type=jnp.float32) * size**-0.5
-        return jnp.where(mask, score, _HIDDEN)
+        return jnp.where(mask, _capped(score, softcap), _HIDDEN)
 
     to_prompt = scores("bnqgck,bnkp->bnqgcp", prompt_key, mask.prompt_BP[:, None, None, None, None])
     own_BGCC = _causal(mask.completion_BGC.reshape(-1, length)).reshape(batch, samples, length, length)

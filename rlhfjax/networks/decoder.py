@@ -1,4 +1,4 @@
-"""A decoder-only language model with honest configuration (Llama, GPT-2 and their relatives).
+"""A decoder-only language model with honest configuration (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, Phi-3).
 
 One function serves training, prefill and decoding: `apply` takes tokens, their positions and a mask that says which
 key each query may see. The key-value cache is passed in and returned, so nothing here holds state.
@@ -18,8 +18,18 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.config import Decoder as Config
-from rlhfjax.networks.attention import KERNELS, BranchMask, SegmentMask, attend, kernel_for
+from rlhfjax.networks.attention import (
+    KERNELS,
+    BranchMask,
+    Mask,
+    SegmentMask,
+    as_array,
+    attend,
+    kernel_for,
+    within_window,
+)
 from rlhfjax.networks.layers import TRANSPOSED, Norm, Projection, matrix_first
+from rlhfjax.networks.rope import check_rope, rope_frequencies, rotary
 
 
 class LayerCache(NamedTuple):
@@ -28,6 +38,7 @@ class LayerCache(NamedTuple):
     # Each lies as the product that reads it wants it: any other order is copied at every token.
     key: jax.Array  # [B, N, K, S]
     value: jax.Array  # [B, N, S, K]
+    position: jax.Array | None = None  # int32 [B, S], of each slot's token; in layers with a window only
 
 
 Cache = tuple[LayerCache, ...]
@@ -65,25 +76,18 @@ class LanguageModel(NamedTuple):
     for_decoding: Callable[[dict], dict] = lambda params: params
 
 
-def rotary(x_BHTK: jax.Array, position_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864), halves rotated as in GPT-NeoX and Llama."""
-    half = x_BHTK.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BT.astype(jnp.float32)[:, None, :, None] * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BHTK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BHTK.dtype)
-
-
 def _norm(config: Config, name: str) -> Norm:
     return Norm(config.norm, config.norm_epsilon, config.norm_offset, name=name)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245); multi-head where kv_heads equals heads."""
+    """Grouped-query attention (arXiv 2305.13245); multi-head where kv_heads equals heads.
+
+    window: the last tokens that a token sees, itself included; 0: all.
+    """
 
     config: Config
+    window: int = 0
 
     @nn.compact
     def __call__(self, x_BTD, position_BT, mask_BTS, cache: LayerCache | None, slot):
@@ -93,24 +97,53 @@ class Attention(nn.Module):
 
         def project(name, heads):
             out = Projection(heads * size, config.attention_bias, config.width**-0.5, name=name)(x_BTD)
-            return out.reshape(batch, length, heads, size).swapaxes(1, 2)
+            return out.reshape(batch, length, heads, size)
 
-        query = project("query", config.heads)
-        key, value = project("key", config.kv_heads), project("value", config.kv_heads)
+        query, key, value = (
+            project(name, heads)
+            for name, heads in (("query", config.heads), ("key", config.kv_heads), ("value", config.kv_heads))
+        )
+        if config.qk_norm:
+            query, key = _norm(config, "query_norm")(query), _norm(config, "key_norm")(key)
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         if config.positions == "rotary":
-            query, key = (rotary(x, position_BT, config.rope_theta) for x in (query, key))
+            frequency, factor = rope_frequencies(config, windowed=self.window > 0)
+            query, key = (rotary(x, position_BT, frequency, factor) for x in (query, key))
+        if config.attention_scale is not None:
+            query = query * (config.attention_scale * size**0.5)  # what attends divides by sqrt(size)
         key = key.swapaxes(2, 3)
+        key_position_BS = position_BT
         if cache is not None:
             write = jax.lax.dynamic_update_slice_in_dim
             key = write(cache.key, key.astype(cache.key.dtype), slot, axis=3)
             value = write(cache.value, value.astype(cache.value.dtype), slot, axis=2)
-            cache = LayerCache(key, value)
-        kernel = kernel_for(config.attention, query.dtype, size, length)
-        attended = jax.checkpoint(attend, static_argnums=4) if config.remat == "attention" else attend
-        out = attended(query, key.astype(query.dtype), value.astype(query.dtype), mask_BTS, kernel)
+            if cache.position is not None:
+                key_position_BS = write(cache.position, position_BT.astype(jnp.int32), slot, axis=1)
+            cache = LayerCache(key, value, None if cache.position is None else key_position_BS)
+        if self.window and self.window < _longest(mask_BTS):
+            mask_BTS = as_array(mask_BTS) & within_window(position_BT, key_position_BS, self.window)
+        softcap = config.attention_softcap
+        kernel = kernel_for(config.attention, query.dtype, size, length, softcap)
+        attended = jax.checkpoint(attend, static_argnums=(4, 5)) if config.remat == "attention" else attend
+        out = attended(query, key.astype(query.dtype), value.astype(query.dtype), mask_BTS, kernel, softcap)
         stddev = (config.heads * size * 2 * config.layers) ** -0.5
         out = out.swapaxes(1, 2).reshape(batch, length, -1)
         return Projection(config.width, config.output_bias, stddev, name="output")(out), cache
+
+
+def _longest(mask: Mask) -> int:
+    """Tokens of the longest sequence that there may be: no window as long hides anything."""
+    if isinstance(mask, BranchMask):
+        return mask.prompt_BP.shape[1] + mask.completion_BGC.shape[2]
+    return mask.segment_BT.shape[1] if isinstance(mask, SegmentMask) else mask.shape[2]
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu": nn.gelu,
+    "gelu_exact": partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
+}
 
 
 class MLP(nn.Module):
@@ -119,8 +152,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
-        activation = {"silu": nn.silu, "gelu": nn.gelu}[config.activation]
-        inner = activation(Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="gate")(x))
+        inner = Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="gate")(x)
+        inner = _ACTIVATIONS[config.activation](inner)
         if config.gated_mlp:
             inner = inner * Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="up")(x)
         stddev = (config.mlp_width * 2 * config.layers) ** -0.5
@@ -129,15 +162,22 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     config: Config
+    window: int = 0
 
     @nn.compact
     def __call__(self, x, position, mask, cache, slot):
-        attended, cache = Attention(self.config, name="attention")(
-            _norm(self.config, "attention_norm")(x), position, mask, cache, slot
+        config = self.config
+
+        def after(name: str, out: jax.Array) -> jax.Array:
+            return _norm(config, name)(out) if config.post_norms else out
+
+        attended, cache = Attention(config, self.window, name="attention")(
+            _norm(config, "attention_norm")(x), position, mask, cache, slot
         )
-        x = x + attended
-        x = x + MLP(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x))
-        return x, cache
+        attended = after("attention_post_norm", attended)
+        read = x if config.parallel_blocks else x + attended
+        out = after("mlp_post_norm", MLP(config, name="mlp")(_norm(config, "mlp_norm")(read)))
+        return (x + attended + out if config.parallel_blocks else read + out), cache
 
 
 # What the backward pass of a block computes again.
@@ -159,6 +199,8 @@ class _Decoder(nn.Module):
         normal = nn.initializers.normal(config.embedding_stddev)
         embedding = self.param("embedding", normal, (config.vocab_size, config.width))
         x = embedding[token_BT].astype(dtype)
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, dtype)
         if config.positions == "learned":
             table = self.param("positions", normal, (config.max_positions, config.width))
             x = x + table[position_BT].astype(dtype)
@@ -168,7 +210,10 @@ class _Decoder(nn.Module):
         new_cache = []
         for layer in range(config.layers):
             layer_cache = None if cache is None else cache[layer]
-            x, layer_cache = block(config, name=f"layer_{layer}")(x, position_BT, mask_BTS, layer_cache, slot)
+            window = config.windows[layer] if config.windows else 0
+            x, layer_cache = block(config, window, name=f"layer_{layer}")(
+                x, position_BT, mask_BTS, layer_cache, slot
+            )
             new_cache.append(layer_cache)
         hidden = _norm(config, "final_norm")(x)
         return hidden, (None if cache is None else tuple(new_cache))
@@ -194,7 +239,7 @@ def decoder(config: Config) -> LanguageModel:
             jax.random.split(key_layers, config.layers)
         )
         layers = jax.lax.optimization_barrier(layers)
-        rest = params_of(_Decoder(dataclasses.replace(config, layers=0)), key_rest, one)
+        rest = params_of(_Decoder(dataclasses.replace(config, layers=0, windows=())), key_rest, one)
         return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(config.layers)}
 
     def apply(params, token_BT, *, position_BT, mask_BTS, cache=None, slot=0):
@@ -226,17 +271,22 @@ def decoder(config: Config) -> LanguageModel:
         few = hidden[..., 0].size <= _FEW_ROWS and hidden.dtype == jnp.float32
         if few and jax.default_backend() == "cpu":
             rows = hidden.reshape(-1, config.width)
-            return matrix_first(table, rows).reshape(*hidden.shape[:-1], -1)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+            found = matrix_first(table, rows).reshape(*hidden.shape[:-1], -1)
+        else:
+            found = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        cap = config.logit_softcap
+        return found if cap is None else cap * jnp.tanh(found / cap)
 
     def init_cache(batch: int, slots: int) -> Cache:
         heads, size, dtype = config.kv_heads, config.head_size, jnp.dtype(config.dtype)
         # Separate arrays, so that a caller may donate them all.
         return tuple(
             LayerCache(
-                jnp.zeros((batch, heads, size, slots), dtype), jnp.zeros((batch, heads, slots, size), dtype)
+                jnp.zeros((batch, heads, size, slots), dtype),
+                jnp.zeros((batch, heads, slots, size), dtype),
+                jnp.zeros((batch, slots), jnp.int32) if window else None,
             )
-            for _ in range(config.layers)
+            for window in config.windows or (0,) * config.layers
         )
 
     return LanguageModel(config, init, apply, embedding, logits, init_cache, for_decoding)
@@ -250,8 +300,10 @@ def _decoding(params: dict, dtype: jnp.dtype, transpose: bool) -> dict:
             out[name] = _decoding(value, dtype, transpose)
         elif name == "kernel" and transpose:
             out[TRANSPOSED] = jax.lax.optimization_barrier(value.astype(dtype).T)
+        elif name.endswith("scale") or not jnp.issubdtype(value.dtype, jnp.floating):
+            out[name] = value
         else:
-            out[name] = value if name == "scale" else value.astype(dtype)
+            out[name] = value.astype(dtype)
     return out
 
 
@@ -272,7 +324,7 @@ def _check(config: Config) -> None:
         "remat": tuple(_REMAT),
         "norm": ("rmsnorm", "layernorm"),
         "positions": ("rotary", "learned"),
-        "activation": ("silu", "gelu"),
+        "activation": tuple(_ACTIVATIONS),
         "dtype": ("float32", "bfloat16"),
     }
     for field, allowed in choices.items():
@@ -298,5 +350,15 @@ def _check(config: Config) -> None:
         raise ValueError(f"decoder packing={config.packing} must lie in (0, 1], or be None for full rows")
     if config.heads % config.kv_heads:
         raise ValueError(f"decoder heads ({config.heads}) must be a multiple of kv_heads ({config.kv_heads})")
-    if config.positions == "rotary" and config.head_size % 2:
-        raise ValueError(f"rotary positions need an even head_size, got {config.head_size}")
+    if config.positions == "rotary":
+        check_rope(config)
+    if config.windows and (len(config.windows) != config.layers or min(config.windows) < 0):
+        raise ValueError(
+            f"decoder windows={config.windows} must hold a number of tokens (0: all) for each of {config.layers} layers"
+        )
+    for field in ("attention_scale", "attention_softcap", "logit_softcap", "embedding_scale"):
+        value = getattr(config, field)
+        if value is not None and not value > 0:
+            raise ValueError(f"decoder {field}={value} must be above 0, or None for none")
+    if config.attention_softcap is not None and config.attention not in ("auto", "xla"):
+        raise ValueError(f'attention={config.attention!r} has no softcap; choose "auto" or "xla"')
