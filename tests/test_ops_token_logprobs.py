@@ -232,6 +232,36 @@ def test_inside_shard_map(mesh, chunk_size):
         np.testing.assert_allclose(given, wanted, atol=3e-6)
 
 
+def capped(hidden, embedding, cap):
+    """The logits as float64; what float32 would round is far below what a forgotten cap changes."""
+    return cap * jnp.tanh(jnp.einsum("...d,vd->...v", hidden, embedding) / cap)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_capped_logits(chunk_size):
+    """Values and gradients equal those of autodiff through capped logits, the temperature applied after the cap."""
+    cap = 1.5
+
+    def by_autodiff(hidden, embedding):
+        logp = jax.nn.log_softmax(capped(hidden, embedding, cap) / TEMPERATURE[..., None])
+        entropy = -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+        logp = jnp.take_along_axis(logp, TOKEN[..., None], axis=-1)[..., 0]
+        return jnp.sum(logp * D_LOGP) + jnp.sum(entropy * D_ENTROPY)
+
+    def chunked(hidden, embedding):
+        out = ops.token_logprobs(
+            hidden, embedding, TOKEN, temperature=TEMPERATURE, softcap=cap, chunk_size=chunk_size
+        )
+        return jnp.sum(out.logp * D_LOGP) + jnp.sum(out.entropy * D_ENTROPY)
+
+    given, wanted = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(HIDDEN, EMBEDDING) for f in (chunked, by_autodiff)
+    )
+    for x, y in zip(jax.tree.leaves(given), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert abs(float(given[0]) - float(weighted(direct, HIDDEN, EMBEDDING, TOKEN, TEMPERATURE))) > 0.01
+
+
 # ---------------------------------------------------------------------------------------------------------- token_kl
 
 token_kl = jax.jit(ops.token_kl, static_argnames="chunk_size")
@@ -274,6 +304,27 @@ def test_kl_gradients_equal_autodiff_and_the_reference_gets_none(chunk_size):
         np.testing.assert_allclose(array, wanted, atol=5e-6)
     for array, wanted in zip(given[2:], expected[2:], strict=True):
         assert not array.any() and wanted.any()
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_kl_of_capped_logits(chunk_size):
+    cap = 1.5
+
+    def by_autodiff(hidden, embedding):
+        logits, logits_ref = (
+            capped(*x, cap) / TEMPERATURE[..., None] for x in ((hidden, embedding), POLICIES[2:])
+        )
+        return jnp.sum(ops.categorical_kl(logits, logits_ref) * D_LOGP)
+
+    def chunked(hidden, embedding):
+        settings = {"temperature": TEMPERATURE, "softcap": cap, "chunk_size": chunk_size}
+        return jnp.sum(ops.token_kl(hidden, embedding, *POLICIES[2:], **settings) * D_LOGP)
+
+    given, wanted = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(HIDDEN, EMBEDDING) for f in (chunked, by_autodiff)
+    )
+    for x, y in zip(jax.tree.leaves(given), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
 
 
 def test_kl_of_a_policy_with_itself_is_zero_and_stays():

@@ -57,8 +57,8 @@ class LanguageModel(NamedTuple):
         cost less, or a `SegmentMask`, which a kernel may read as it is. With one, the new keys are written to slots
         slot .. slot + T - 1 of its S slots before attention.
     embedding(params) -> [V, D]
-        The output embedding: logits = hidden @ embedding.T. Kept apart from `apply`, so that log-probabilities can be
-        computed in chunks (`ops.token_logprobs`) without a [B, T, V] array.
+        The output embedding: logits = hidden @ embedding.T, capped if `config.logit_softcap`. Kept apart from `apply`,
+        so that log-probabilities can be computed in chunks (`ops.token_logprobs`) without a [B, T, V] array.
     logits(params, hidden) -> float32 [..., V]
     init_cache(batch, slots) -> Cache
         Zeros; B = batch, S = slots.

@@ -35,6 +35,7 @@ def token_logprobs(
     token: ArrayLike,
     *,
     temperature: ArrayLike = 1.0,
+    softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> TokenLogprobs:
     """Log-probability of each token, and entropy, under `softmax(hidden @ embedding.T / temperature)`.
@@ -49,6 +50,7 @@ def token_logprobs(
       embedding: float [V, D], the output matrix.
       token: int [...], ids in [0, V); any other id gives NaN. Ids at masked positions must be valid too.
       temperature: scalar or broadcastable to token's shape, > 0, may be traced. Gets no gradient.
+      softcap: static; logits x become softcap * tanh(x / softcap) before the temperature (Gemma 2, arXiv 2408.00118).
       chunk_size: rows of one chunk. None: on a CPU as many as make 2^20 logits, at least 256; on other devices 2^28
         and 2048. If all rows fit in one chunk, no loop is emitted and the logits are kept for the backward pass.
 
@@ -61,7 +63,7 @@ def token_logprobs(
     inverse_temperature_N = _inverse_temperature(temperature, shape)
     chunks = _chunks(rows, chunk_size, vocabulary)
     logp, entropy = _rows(
-        hidden.reshape(rows, hidden.shape[-1]), embedding, token, inverse_temperature_N, chunks
+        hidden.reshape(rows, hidden.shape[-1]), embedding, token, inverse_temperature_N, chunks, softcap
     )
     in_vocabulary = (token >= 0) & (token < vocabulary)
     return TokenLogprobs(jnp.where(in_vocabulary, logp, jnp.nan).reshape(shape), entropy.reshape(shape))
@@ -74,6 +76,7 @@ def token_kl(
     embedding_ref: ArrayLike,
     *,
     temperature: ArrayLike = 1.0,
+    softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Array:
     """Exact `KL(pi || ref)` over the vocabulary at each position, in nats.
@@ -87,6 +90,7 @@ def token_kl(
       hidden_ref: float [..., E], of the reference, whose width may be another.
       embedding_ref: float [V, E].
       temperature: scalar or broadcastable to [...], > 0, may be traced. Gets no gradient.
+      softcap: of the logits of both, as in `token_logprobs`.
       chunk_size: rows of one chunk, as in `token_logprobs`; a chunk holds the logits of both policies.
 
     Returns:
@@ -113,6 +117,7 @@ def token_kl(
         jax.lax.stop_gradient(embedding_ref),
         _inverse_temperature(temperature, shape),
         chunks,
+        softcap,
     )
     return kl.reshape(shape)
 
@@ -152,14 +157,19 @@ def _chunks(rows: int, chunk_size: int | None, logits_per_row: int) -> int:
 
 
 def _rows_value(
-    hidden_ND: Array, embedding_VD: Array, token_N: Array, inverse_temperature_N: Array, chunks: int
+    hidden_ND: Array,
+    embedding_VD: Array,
+    token_N: Array,
+    inverse_temperature_N: Array,
+    chunks: int,
+    softcap: float | None,
 ) -> tuple[Array, Array]:
-    return _rows_forward(hidden_ND, embedding_VD, token_N, inverse_temperature_N, chunks)[0]
+    return _rows_forward(hidden_ND, embedding_VD, token_N, inverse_temperature_N, chunks, softcap)[0]
 
 
-def _rows_forward(hidden_ND, embedding_VD, token_N, inverse_temperature_N, chunks):
+def _rows_forward(hidden_ND, embedding_VD, token_N, inverse_temperature_N, chunks, softcap):
     def of_chunk(hidden_CD, token_C, inverse_temperature_C):
-        logits_CV = _logits(hidden_CD, embedding_VD, inverse_temperature_C)
+        logits_CV = _logits(hidden_CD, embedding_VD, inverse_temperature_C, softcap)
         return _statistics(logits_CV, token_C), logits_CV
 
     rows = (hidden_ND, token_N, inverse_temperature_N)
@@ -173,13 +183,13 @@ def _rows_forward(hidden_ND, embedding_VD, token_N, inverse_temperature_N, chunk
     return (logp_N, entropy_N), residuals
 
 
-def _rows_backward(chunks, residuals, cotangents):
+def _rows_backward(chunks, softcap, residuals, cotangents):
     rows, embedding_VD, entropy_N, log_normaliser_N, logits_NV = residuals
 
     def of_chunk(rows, logits_CV=None):
         (hidden_CD, token_C, inverse_temperature_C), entropy_C, log_normaliser_C, d_logp_C, d_entropy_C = rows
         if logits_CV is None:
-            logits_CV = _logits(hidden_CD, embedding_VD, inverse_temperature_C)
+            logits_CV = _logits(hidden_CD, embedding_VD, inverse_temperature_C, softcap)
         logp_CV = logits_CV - log_normaliser_C[:, None]
         # d logp / d logit = onehot - p;  d entropy / d logit = -p (log p + entropy)
         # One-hot by comparison: it fuses with the rest, which a scatter into [C, V] does not.
@@ -187,7 +197,7 @@ def _rows_backward(chunks, residuals, cotangents):
         from_token_CV = jnp.where(is_token_CV, d_logp_C[:, None], 0)
         surprise_CV = logp_CV + entropy_C[:, None]
         from_all_CV = jnp.exp(logp_CV) * (d_logp_C[:, None] + d_entropy_C[:, None] * surprise_CV)
-        d_logits_CV = (from_token_CV - from_all_CV) * inverse_temperature_C[:, None]
+        d_logits_CV = (from_token_CV - from_all_CV) * _slope(logits_CV, inverse_temperature_C, softcap)
         d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
         d_hidden_CD = _matmul("cv,vd->cd", d_logits_CV, embedding_VD).astype(hidden_CD.dtype)
         return d_hidden_CD, _matmul("cv,cd->vd", d_logits_CV, hidden_CD)
@@ -197,7 +207,7 @@ def _rows_backward(chunks, residuals, cotangents):
     return d_hidden_ND, d_embedding_VD, None, None
 
 
-_rows = jax.custom_vjp(_rows_value, nondiff_argnums=(4,))
+_rows = jax.custom_vjp(_rows_value, nondiff_argnums=(4, 5))
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
@@ -208,16 +218,20 @@ def _kl_rows_value(
     embedding_ref_VE: Array,
     inverse_temperature_N: Array,
     chunks: int,
+    softcap: float | None,
 ) -> Array:
     arguments = (hidden_ND, embedding_VD, hidden_ref_NE, embedding_ref_VE, inverse_temperature_N)
-    return _kl_rows_forward(*arguments, chunks)[0]
+    return _kl_rows_forward(*arguments, chunks, softcap)[0]
 
 
-def _kl_rows_forward(hidden_ND, embedding_VD, hidden_ref_NE, embedding_ref_VE, inverse_temperature_N, chunks):
+def _kl_rows_forward(
+    hidden_ND, embedding_VD, hidden_ref_NE, embedding_ref_VE, inverse_temperature_N, chunks, softcap
+):
     def of_chunk(rows):
-        logp_CV, log_ratio_CV = _log_ratio(rows, embedding_VD, embedding_ref_VE)
+        logp_CV, log_ratio_CV, slope = _log_ratio(rows, embedding_VD, embedding_ref_VE, softcap)
         # Equal policies may differ by rounding, but a divergence is never negative.
-        return jnp.maximum(jnp.sum(jnp.exp(logp_CV) * log_ratio_CV, axis=-1), 0), (logp_CV, log_ratio_CV)
+        kl_C = jnp.maximum(jnp.sum(jnp.exp(logp_CV) * log_ratio_CV, axis=-1), 0)
+        return kl_C, (logp_CV, log_ratio_CV, slope)
 
     rows = (hidden_ND, hidden_ref_NE, inverse_temperature_N)
     if chunks == 1:
@@ -228,15 +242,14 @@ def _kl_rows_forward(hidden_ND, embedding_VD, hidden_ref_NE, embedding_ref_VE, i
     return kl_N, (rows, embedding_VD, embedding_ref_VE, kl_N, kept)
 
 
-def _kl_rows_backward(chunks, residuals, d_kl_N):
+def _kl_rows_backward(chunks, softcap, residuals, d_kl_N):
     rows, embedding_VD, embedding_ref_VE, kl_N, kept = residuals
 
     def of_chunk(rows, kept=None):
-        (hidden_CD, _, inverse_temperature_C), kl_C, d_kl_C = rows
-        logp_CV, log_ratio_CV = kept or _log_ratio(rows[0], embedding_VD, embedding_ref_VE)
+        (hidden_CD, *_), kl_C, d_kl_C = rows
+        logp_CV, log_ratio_CV, slope = kept or _log_ratio(rows[0], embedding_VD, embedding_ref_VE, softcap)
         # d KL / d logit = p (log p / q - KL)
-        weight_C = d_kl_C * inverse_temperature_C
-        d_logits_CV = weight_C[:, None] * jnp.exp(logp_CV) * (log_ratio_CV - kl_C[:, None])
+        d_logits_CV = d_kl_C[:, None] * slope * jnp.exp(logp_CV) * (log_ratio_CV - kl_C[:, None])
         d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
         d_hidden_CD = _matmul("cv,vd->cd", d_logits_CV, embedding_VD).astype(hidden_CD.dtype)
         return d_hidden_CD, _matmul("cv,cd->vd", d_logits_CV, hidden_CD)
@@ -246,16 +259,19 @@ def _kl_rows_backward(chunks, residuals, d_kl_N):
     return d_hidden_ND, d_embedding_VD, None, None, None
 
 
-_kl_rows = jax.custom_vjp(_kl_rows_value, nondiff_argnums=(5,))
+_kl_rows = jax.custom_vjp(_kl_rows_value, nondiff_argnums=(5, 6))
 _kl_rows.defvjp(_kl_rows_forward, _kl_rows_backward)
 
 
-def _log_ratio(rows, embedding_VD: Array, embedding_ref_VE: Array) -> tuple[Array, Array]:
-    """log p and log p - log q, each [C, V]."""
+def _log_ratio(
+    rows, embedding_VD: Array, embedding_ref_VE: Array, softcap: float | None
+) -> tuple[Array, Array, Array]:
+    """log p and log p - log q, each [C, V], and the `_slope` of p's logits."""
     hidden_CD, hidden_ref_CE, inverse_temperature_C = rows
-    logp_CV = jax.nn.log_softmax(_logits(hidden_CD, embedding_VD, inverse_temperature_C))
-    logp_ref_CV = jax.nn.log_softmax(_logits(hidden_ref_CE, embedding_ref_VE, inverse_temperature_C))
-    return logp_CV, logp_CV - logp_ref_CV
+    logits_CV = _logits(hidden_CD, embedding_VD, inverse_temperature_C, softcap)
+    logp_CV = jax.nn.log_softmax(logits_CV)
+    logp_ref_CV = jax.nn.log_softmax(_logits(hidden_ref_CE, embedding_ref_VE, inverse_temperature_C, softcap))
+    return logp_CV, logp_CV - logp_ref_CV, _slope(logits_CV, inverse_temperature_C, softcap)
 
 
 def _over_chunks(of_chunk, hidden_ND, embedding_VD, rows, kept, chunks):
@@ -274,8 +290,21 @@ def _over_chunks(of_chunk, hidden_ND, embedding_VD, rows, kept, chunks):
     return d_hidden_ND, d_embedding_VD.astype(embedding_VD.dtype)
 
 
-def _logits(hidden_CD: Array, embedding_VD: Array, inverse_temperature_C: Array) -> Array:
-    return _matmul("cd,vd->cv", hidden_CD, embedding_VD) * inverse_temperature_C[:, None]
+def _logits(
+    hidden_CD: Array, embedding_VD: Array, inverse_temperature_C: Array, softcap: float | None
+) -> Array:
+    logits_CV = _matmul("cd,vd->cv", hidden_CD, embedding_VD)
+    if softcap is not None:
+        logits_CV = softcap * jnp.tanh(logits_CV / softcap)
+    return logits_CV * inverse_temperature_C[:, None]
+
+
+def _slope(logits_CV: Array, inverse_temperature_C: Array, softcap: float | None) -> Array:
+    """Derivative of a logit by what the matrix product gave, [C, V] or [C, 1]."""
+    inverse_temperature_C1 = inverse_temperature_C[:, None]
+    if softcap is None:
+        return inverse_temperature_C1
+    return inverse_temperature_C1 * (1 - jnp.square(logits_CV / (softcap * inverse_temperature_C1)))
 
 
 def _statistics(logits_CV: Array, token_C: Array) -> tuple[Array, Array, Array]:

@@ -42,11 +42,13 @@ def text_policy(lm: LanguageModel, *, temperature: jax.Array | float = 1.0) -> C
     def evaluate(params: dict, branches: Branches, reference: dict | None = None) -> Evaluation:
         before, _ = branch_hidden(lm, params, branches)
         embedding = lm.embedding(params)
-        logp, entropy = token_logprobs(before, embedding, branches.completion_BGC, temperature=temperature)
+        token, softcap = branches.completion_BGC, lm.config.logit_softcap
+        logp, entropy = token_logprobs(before, embedding, token, temperature=temperature, softcap=softcap)
         if reference is None:
             return Evaluation(logp, entropy)
         before_ref, _ = branch_hidden(lm, reference, branches)
-        kl = token_kl(before, embedding, before_ref, lm.embedding(reference), temperature=temperature)
+        embedding_ref = lm.embedding(reference)
+        kl = token_kl(before, embedding, before_ref, embedding_ref, temperature=temperature, softcap=softcap)
         return Evaluation(logp, entropy, kl=kl)
 
     return evaluate

@@ -34,7 +34,9 @@ def pair_evaluate(
 
         def logp_at(hidden_BGCD: jax.Array, embedding: jax.Array, temperature: float) -> jax.Array:
             token_BGC = branches.completion_BGC
-            return token_logprobs(hidden_BGCD, embedding, token_BGC, temperature=temperature).logp
+            return token_logprobs(
+                hidden_BGCD, embedding, token_BGC, temperature=temperature, softcap=lm.config.logit_softcap
+            ).logp
 
         logp_BGC = logp_at(before_BGCD, lm.embedding(params), temperature)
         if not collision:

@@ -34,7 +34,8 @@ def packed_logp(lm: LanguageModel) -> Callable[[dict, PackedInputs], jax.Array]:
     def evaluate(params: dict, inputs: PackedInputs) -> jax.Array:
         mask = SegmentMask(inputs.segment_BT)
         hidden, _ = lm.apply(params, inputs.token_BT, position_BT=inputs.position_BT, mask_BTS=mask)
-        return token_logprobs(hidden, lm.embedding(params), inputs.target_BT).logp
+        softcap = lm.config.logit_softcap
+        return token_logprobs(hidden, lm.embedding(params), inputs.target_BT, softcap=softcap).logp
 
     return evaluate
 
@@ -44,7 +45,8 @@ def completion_logp(
 ) -> jax.Array:
     """Log-probability of every completion token, float32 [B, G, C]; meaningless where the mask is False."""
     before, _ = branch_hidden(lm, params, branches)
-    return token_logprobs(before, lm.embedding(params), branches.completion_BGC, temperature=temperature).logp
+    token, softcap = branches.completion_BGC, lm.config.logit_softcap
+    return token_logprobs(before, lm.embedding(params), token, temperature=temperature, softcap=softcap).logp
 
 
 def text_actor_critic(
@@ -65,16 +67,25 @@ def text_actor_critic(
     """
 
     def evaluate(params: dict, branches: Branches, reference: dict | None = None) -> Evaluation:
-        policy, critic = params["policy"], params["critic"]
+        policy, critic, softcap = params["policy"], params["critic"], lm.config.logit_softcap
         before, _ = branch_hidden(lm, policy, branches)
         logp, entropy = token_logprobs(
-            before, lm.embedding(policy), branches.completion_BGC, temperature=temperature
+            before,
+            lm.embedding(policy),
+            branches.completion_BGC,
+            temperature=temperature,
+            softcap=softcap,
         )
         kl = None
         if reference is not None:
             before_ref, _ = branch_hidden(lm, reference, branches)
             kl = token_kl(
-                before, lm.embedding(policy), before_ref, lm.embedding(reference), temperature=temperature
+                before,
+                lm.embedding(policy),
+                before_ref,
+                lm.embedding(reference),
+                temperature=temperature,
+                softcap=softcap,
             )
         if not shared_trunk:
             before, _ = branch_hidden(lm, critic["trunk"], branches)

@@ -166,6 +166,7 @@ def text_values(
             lm.embedding(params["policy"]),
             of_policy.token,
             temperature=temperature,
+            softcap=lm.config.logit_softcap,
             chunk_size=chunk_size,
         ).logp
         return ilql.Evaluation(
@@ -259,12 +260,16 @@ def soft_batch(
 def _normalised(lm: LanguageModel, params: dict, text, states: FindStates, temperature, chunk_size):
     """Log-probability of the tokens and logsumexp of logits / temperature, [...], and that after the last token."""
     found = states(lm, params, text)
-    embedding = lm.embedding(params)
+    embedding, softcap = lm.embedding(params), lm.config.logit_softcap
 
     def of(hidden: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logp = token_logprobs(hidden, embedding, token, temperature=temperature, chunk_size=chunk_size).logp
+        logp = token_logprobs(
+            hidden, embedding, token, temperature=temperature, softcap=softcap, chunk_size=chunk_size
+        ).logp
         # logit - logp is the normaliser, and a single token's logit needs no array over the vocabulary.
         logit = jnp.sum(hidden.astype(jnp.float32) * embedding[token].astype(jnp.float32), axis=-1)
+        if softcap is not None:
+            logit = softcap * jnp.tanh(logit / softcap)
         return logp, logit / temperature - logp
 
     logp, normaliser = of(found.before, found.token)
@@ -364,7 +369,8 @@ def text_logp(lm: LanguageModel, *, states: FindStates = turn_states) -> Callabl
 
     def evaluate(params: dict, inputs: PyTree) -> jax.Array:
         found = states(lm, params, inputs)
-        return token_logprobs(found.before, lm.embedding(params), found.token).logp
+        softcap = lm.config.logit_softcap
+        return token_logprobs(found.before, lm.embedding(params), found.token, softcap=softcap).logp
 
     return evaluate
 
