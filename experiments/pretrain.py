@@ -35,7 +35,7 @@ class Config:
             learning_rate=3e-3,
             warmup_steps=50,
             b2=0.95,
-            muon=True,
+            kind="muon",
             muon_learning_rate=0.015,
         )
     )

@@ -40,7 +40,7 @@ class SFTStage:
     algorithm: SFT = field(default_factory=SFT)
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(
-            learning_rate=2e-3, warmup_steps=20, b2=0.95, muon=True, muon_learning_rate=0.01
+            learning_rate=2e-3, warmup_steps=20, b2=0.95, kind="muon", muon_learning_rate=0.01
         )
     )
 
@@ -74,7 +74,7 @@ class RewardStage:
     algorithm: RewardModel = field(default_factory=RewardModel)
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(
-            learning_rate=1e-3, warmup_steps=8, b2=0.95, muon=True, muon_learning_rate=0.005
+            learning_rate=1e-3, warmup_steps=8, b2=0.95, kind="muon", muon_learning_rate=0.005
         )
     )
 
@@ -122,7 +122,7 @@ def _optimizer(muon_learning_rate: float = 0.0025) -> Optimizer:
         learning_rate=0.4 * muon_learning_rate,
         warmup_steps=2,
         b2=0.95,
-        muon=True,
+        kind="muon",
         muon_learning_rate=muon_learning_rate,
         final_fraction=0.1,
     )
