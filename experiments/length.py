@@ -42,15 +42,16 @@ def run(config: Config, folder) -> dict[str, float]:
     heldout = loaded.load("validation")  # early: a missing split should not cost the training
     reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)
     reward, gold = wanted_words(loaded, config.words)
-    problem = policy.Problem(loaded, reference, reward, None, train, rl_rows, gold)
-    learner = policy.ppo_learner(config.ppo, problem, reference)
-    tuned = policy.optimise_policy("ppo", config.ppo, learner, problem, folder)
+    problem = policy.Problem(loaded, reference, lambda lm: reward, None, train, rl_rows, gold)
+    tuned = policy.optimise_policy(
+        "ppo", config.ppo, lambda lm: policy.ppo_learner(lm, config.ppo, problem, reference), problem, folder
+    )
     found = evaluation.evaluate_policies(
         config.evaluation,
         loaded,
         reference,
-        {"ppo": text.Writer(loaded.lm, tuned)},
-        reward,
+        {"ppo": text.Writer(tuned)},
+        problem.reward,
         None,
         lambda examples: gold,
         folder,

@@ -47,15 +47,18 @@ def run(config: Config, folder) -> dict[str, float]:
         at_once = stage.prompts * stage.samples
         gold = host_reward.judge(pool, train, at_once)
         problem = policy.Problem(loaded, reference, None, None, train, rl_rows, gold)
-        make_learner = policy.grpo_learner if name == "grpo" else policy.ppo_learner
-        parts = () if name == "grpo" else (reference,)
-        learner = make_learner(stage, problem, *parts)
+
+        def learner(lm):
+            if name == "grpo":
+                return policy.grpo_learner(lm, config.grpo, problem)
+            return policy.ppo_learner(lm, config.ppo, problem, reference)
+
         tuned = host_reward.optimise_policy(name, stage, learner, problem, pool, folder, config)
         found = evaluation.evaluate_policies(
             config.evaluation,
             loaded,
             reference,
-            {name: text.Writer(loaded.lm, tuned)},
+            {name: text.Writer(tuned)},
             None,
             None,
             lambda examples: host_reward.judge(pool, examples, at_once),

@@ -41,9 +41,14 @@ def run(config: Config, folder) -> dict[str, float]:
     many.check_grid(config.ppo, grid, len(rl_rows))
     reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)
     reward, gold = wanted_words(loaded, config.words)
-    problem = policy.Problem(loaded, reference, reward, None, train, rl_rows, gold)
+    problem = policy.Problem(loaded, reference, lambda lm: reward, None, train, rl_rows, gold)
     many.optimise_policies(
-        "ppo", config.ppo, lambda ppo: policy.ppo_learner(ppo, problem, reference), problem, grid, folder
+        "ppo",
+        config.ppo,
+        lambda lm, ppo: policy.ppo_learner(lm, ppo, problem, reference),
+        problem,
+        grid,
+        folder,
     )
     table, sections, numbers = many.grid_sections("ppo", grid, folder)
     print(f"\n{markdown_table(table)}")

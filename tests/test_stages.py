@@ -108,7 +108,8 @@ def test_samples_do_not_depend_on_how_they_are_grouped(loaded, train):
     rows, samples = np.asarray([4, 0, 9]), preferences.BRANCHES + 2
     temperatures = np.linspace(0.6, 1.2, samples)
     key = jax.random.key(5)
-    out = preferences.sample_policy(loaded, loaded.base, train, rows, key, temperatures=temperatures, batch=2)
+    writer = text.Writer(loaded.base)
+    out = preferences.sample_policy(loaded, writer, train, rows, key, temperatures=temperatures, batch=2)
     prompts = loaded.batch(train, rows)
     whole = compiled(
         partial(generate, loaded.lm),
@@ -242,8 +243,8 @@ def measured(loaded, tmp_path_factory) -> Measured:
         config,
         loaded,
         loaded.base,
-        {"ppo": text.Writer(loaded.lm, tuned)},
-        reward,
+        {"ppo": text.Writer(tuned)},
+        lambda lm: reward,
         jnp.float32(0.25),
         folder=folder,
         temperature=TEMPERATURE,
@@ -393,7 +394,9 @@ def never(*_):
 
 
 def problem_of(loaded, train, reward=never) -> policy.Problem:
-    return policy.Problem(loaded, loaded.base, reward, jnp.float32(0.25), train, np.arange(9), never)
+    return policy.Problem(
+        loaded, loaded.base, lambda lm: reward, jnp.float32(0.25), train, np.arange(9), never
+    )
 
 
 def even_tokens(params, branches):
@@ -446,10 +449,10 @@ def test_soft_q_tilts_the_policy_towards_what_was_rated_high(loaded, train, judg
         algorithm=SoftQ(beta=0.5, steps=(0,)),
         optimizer=Optimizer(learning_rate=5e-3, warmup_steps=0),
     )
-    lm, tuned = offline.train_soft_q("soft_q", stage, problem_of(loaded, train), rated, folder)
+    tuned, _ = offline.train_soft_q("soft_q", stage, problem_of(loaded, train), rated, folder)
     branches = branches_of(loaded, train, rated)
     logp, logp_ref = (
-        np.sum(completion_logp_of(lm, params, branches, TEMPERATURE), axis=2, where=rated.mask_BGC)
+        np.sum(completion_logp_of(loaded.lm, params, branches, TEMPERATURE), axis=2, where=rated.mask_BGC)
         for params in (tuned, loaded.base)
     )
     log_ratio, score = logp - logp_ref, rated.score_BG
@@ -477,7 +480,7 @@ def guided_policies(loaded, tmp_path_factory) -> Guided:
     params = compiled(
         lambda key, base: init_text_values(key, loaded.lm, base), jax.random.key(3), loaded.base
     )
-    writer = offline.guided_writer(stage, problem_of(loaded, loaded.load("train")), params)
+    writer = offline.guided_writer(stage, params)
     generations = []
 
     def recorded(text, params, examples, rows, key, **named):
@@ -494,7 +497,7 @@ def guided_policies(loaded, tmp_path_factory) -> Guided:
             loaded,
             loaded.base,
             {"zero": beta_0, "ilql": writer},
-            even_tokens,
+            lambda lm: even_tokens,
             jnp.float32(0.25),
             gold_of,
             folder_at(tmp_path_factory.mktemp("guided") / "run"),

@@ -16,7 +16,7 @@ from experiments.loop import run_once
 from experiments.stages.configs import EvaluationStage as Config
 from experiments.stages.preferences import BRANCHES, column_groups, sample_policy
 from experiments.stages.text import Examples, Text, Writer
-from rlhfjax.networks import Branches
+from rlhfjax.networks import Branches, LanguageModel
 from rlhfjax.recipes import completion_logp
 from rlhfjax.report import Interval, bootstrap_interval, paired_difference_interval
 from rlhfjax.run_folder import RunFolder
@@ -52,7 +52,7 @@ def evaluate_policies(
     text: Text,
     reference: dict,
     policies: Mapping[str, Writer],
-    reward: Callable[[Any, Branches], jax.Array] | None,
+    reward: Callable[[LanguageModel], Callable[[Any, Branches], jax.Array]] | None,
     reward_params: Any,
     gold: Callable[[Examples], Gold],
     folder: RunFolder,
@@ -73,23 +73,22 @@ def evaluate_policies(
     score = _scorer(text, reference, reward, reward_params, examples, config.batch, temperature)
     others = [other for other in config.temperatures if other != temperature]
     root = jax.random.fold_in(jax.random.key(folder.seed), 5)
-    writers = {"sft": Writer(text.lm, reference), **policies, **points}
+    writers = {"sft": Writer(reference), **policies, **points}
 
     def compute():
         found = []
-        for number, (label, (lm, params)) in enumerate(writers.items()):
+        for number, (label, writer) in enumerate(writers.items()):
             most = max(config.best_of, default=1) if label == "sft" else 1
             more = [] if label in points else [*others, 0.0]
             temperatures = np.asarray([temperature] * most + more, np.float32)
             out = sample_policy(
                 text,
-                params,
+                writer,
                 examples,
                 rows,
                 jax.random.fold_in(root, number),
                 temperatures=temperatures,
                 batch=config.batch,
-                lm=lm,
             )
             scores = score(rows, out, (0, *range(most, len(temperatures))))
             found += _measure(
@@ -111,12 +110,15 @@ def _scorer(text, reference, reward, reward_params, examples: Examples, batch: i
     The latter only of groups of columns with one of `kept` in them; 0 elsewhere.
     """
 
-    @jax.jit
-    def logp_ref(reference, branches: Branches):
-        logp = completion_logp(text.lm, reference, branches, temperature)
-        return jnp.sum(logp, axis=2, where=branches.completion_mask_BGC)
+    def of_completions(lm: LanguageModel):
+        def logp(reference, branches: Branches):
+            logp_BGC = completion_logp(lm, reference, branches, temperature)
+            return jnp.sum(logp_BGC, axis=2, where=branches.completion_mask_BGC)
 
-    rewards = None if reward is None else jax.jit(reward)
+        return logp
+
+    logp_ref = text.jit(of_completions)
+    rewards = None if reward is None else text.jit(reward)
 
     def score(rows, out, kept: Sequence[int]):
         samples = out["token_BGC"].shape[1]

@@ -7,14 +7,15 @@ import numpy as np
 from experiments.loop import Show, run_stage
 from experiments.stages.configs import SFTStage as Config
 from experiments.stages.text import Examples, Text
-from rlhfjax.algorithms import make_optimizer, sft
+from rlhfjax.algorithms import Algorithm, make_optimizer, sft
 from rlhfjax.data import batch_indices, pack
+from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import PackedInputs, packed_logp
 from rlhfjax.run_folder import RunFolder
 
 
 def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, folder: RunFolder) -> dict:
-    """Fine-tunes the base model on the examples numbered `rows`; returns the parameters."""
+    """Fine-tunes the base model on the examples numbered `rows`; returns the parameters that were trained."""
     encoded = examples.encoded
     packed = pack(
         [encoded.prompts[i] for i in rows],
@@ -23,8 +24,11 @@ def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, f
         pad_id=text.tokenizer.pad_id,
     )
     optimizer = make_optimizer(config.optimizer, config.steps)
-    algorithm = sft.make(packed_logp(text.lm), optimizer, config.algorithm)
-    update = jax.jit(algorithm.update, donate_argnums=0)
+
+    def algorithm(lm: LanguageModel) -> Algorithm:
+        return sft.make(packed_logp(lm), optimizer, config.algorithm)
+
+    update = text.jit(lambda lm: algorithm(lm).update, donate_argnums=(0,))
     key = jax.random.fold_in(jax.random.key(folder.seed), 1)
 
     def batch(step: int) -> sft.Batch:
@@ -41,8 +45,7 @@ def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, f
     state = run_stage(
         "sft",
         folder=folder,
-        # Copied: the state is donated to the update, and the base must outlive it.
-        init=lambda: jax.jit(algorithm.init)(text.base),
+        init=lambda: algorithm(text.lm).init(text.start(jax.random.fold_in(jax.random.key(folder.seed), 9))),
         step=step,
         batch=batch,
         steps=config.steps,

@@ -17,11 +17,12 @@ from experiments.options import did_you_mean
 from experiments.stages import policy
 from experiments.stages.configs import GRPOStage, HostRewards, PPOStage
 from experiments.stages.evaluation import Gold
-from experiments.stages.policy import Learner, Problem
+from experiments.stages.policy import MakeLearner, Problem
 from experiments.stages.text import Examples
 from rlhfjax.data import batch_indices
 from rlhfjax.generation import Generation
-from rlhfjax.recipes import Frozen, Prompts, host_iteration
+from rlhfjax.networks import LanguageModel
+from rlhfjax.recipes import RLHF, Frozen, Iteration, Prompts
 from rlhfjax.rewards import HostReward, RewardPool
 from rlhfjax.run_folder import RunFolder
 
@@ -124,7 +125,7 @@ def _submit(
 def optimise_policy(
     name: str,
     config: PPOStage | GRPOStage,
-    learner: Learner,
+    make_learner: MakeLearner,
     problem: Problem,
     pool: RewardPool,
     folder: RunFolder,
@@ -135,7 +136,7 @@ def optimise_policy(
     What a reward raises, or its time-out, stops the run; it goes on from the last checkpoint, in the same bits.
     """
     text, examples = problem.text, problem.examples
-    ahead = rewards.ahead
+    learner, ahead = make_learner(text.lm), rewards.ahead
     waited = [0.0]  # seconds, of the step at hand
 
     def score(prompts: Prompts, generation: Generation) -> Callable[[], np.ndarray]:
@@ -150,7 +151,12 @@ def optimise_policy(
 
         return wait
 
-    iteration = host_iteration(policy.compose(config, learner, problem), score)
+    def rlhf(lm: LanguageModel) -> RLHF:
+        return policy.compose(lm, config, make_learner(lm), problem)
+
+    iteration = Iteration(
+        text.jit(lambda lm: rlhf(lm).rollout), text.jit(lambda lm: rlhf(lm).learn, donate_argnums=(0,)), score
+    )
     frozen = Frozen(problem.reference, None)
     key = policy.run_key(folder.seed)
 

@@ -21,6 +21,7 @@ from experiments.stages.control_report import figure_section
 from experiments.stages.policy import Learner, Problem, check, compose, run_key
 from rlhfjax.data import batch_indices
 from rlhfjax.figures import Bands, plot_bands
+from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import Frozen, Prompts
 from rlhfjax.report import Section, Table, bootstrap_interval
 from rlhfjax.run_folder import RunFolder, read_lines
@@ -103,7 +104,7 @@ def with_values(config: Any, names: Sequence[str], values: Iterable[Any]) -> Any
 def optimise_policies(
     name: str,
     config: PPOStage,
-    make_learner: Callable[[PPOStage], Learner],
+    make_learner: Callable[[LanguageModel, PPOStage], Learner],
     problem: Problem,
     grid: Grid,
     folder: RunFolder,
@@ -116,19 +117,24 @@ def optimise_policies(
     frozen = Frozen(problem.reference, problem.reward_params)
 
     def init_one(value_H: jax.Array):
-        learner = make_learner(with_values(config, grid.names, value_H))
+        learner = make_learner(text.lm, with_values(config, grid.names, value_H))
         return learner.algorithm.init(learner.params)
 
-    @partial(jax.jit, donate_argnums=0)
-    def iterate(state_R: Any, prompts_R: Prompts, i: jax.Array):
-        def one(state: Any, value_H: jax.Array, seed: jax.Array, prompts: Prompts):
+    def iteration(lm: LanguageModel):
+        def one(frozen: Frozen, i: jax.Array, state: Any, value_H: jax.Array, seed: jax.Array, prompts):
             own = with_values(config, grid.names, value_H)
-            rlhf = compose(own, make_learner(own), problem)
+            rlhf = compose(lm, own, make_learner(lm, own), problem)
             key = jax.random.fold_in(run_key(seed), i)
             state, metrics, experience = rlhf.iterate(state, frozen, prompts, key)
             return state, metrics, (prompts.index_B, experience.generation)
 
-        return jax.vmap(one)(state_R, jnp.asarray(grid.value_RH), jnp.asarray(grid.seed_R), prompts_R)
+        def iterate(state_R: Any, frozen: Frozen, prompts_R: Prompts, i: jax.Array):
+            of_runs = state_R, jnp.asarray(grid.value_RH), jnp.asarray(grid.seed_R), prompts_R
+            return jax.vmap(partial(one, frozen, i))(*of_runs)
+
+        return iterate
+
+    iterate = text.jit(iteration, donate_argnums=(0,))
 
     def init():
         return jax.jit(jax.vmap(init_one))(jnp.asarray(grid.value_RH))
@@ -141,7 +147,7 @@ def optimise_policies(
         return jax.tree.map(lambda *x: jnp.stack(x), *(one_of[seed] for seed in grid.seed_R.tolist()))
 
     def step(state_R, prompts_R: Prompts, i: int):
-        state_R, metrics_R, seen = iterate(state_R, prompts_R, jnp.int32(i))
+        state_R, metrics_R, seen = iterate(state_R, frozen, prompts_R, jnp.int32(i))
         metrics = {key: jnp.mean(value_R) for key, value_R in metrics_R.items()}
         metrics |= _by_run({key: metrics_R[key] for key in SHOWN if key in metrics_R})
         generated = seen[1].mask_BGC.sum(dtype=jnp.float32)

@@ -14,11 +14,12 @@ from experiments.stages.configs import (
     SoftQStage,
 )
 from experiments.stages.pairs import check_pairs, train_on_pairs
-from experiments.stages.policy import Problem
+from experiments.stages.policy import Learner, Problem
 from experiments.stages.preferences import Judged
 from experiments.stages.ratings import Rated
 from experiments.stages.text import Writer
 from rlhfjax.config import DPO
+from rlhfjax.networks import LanguageModel
 from rlhfjax.run_folder import RunFolder
 
 Stage = PPOStage | GRPOStage | DPOStage | OnlineDPOStage | RAFTStage | SoftQStage | ILQLStage
@@ -60,22 +61,23 @@ def optimise(
     `critic_trunk` is what PPO's critic and ILQL's values start from, usually the reward model's. `rated` is called by
     the methods that learn from rated samples.
     """
-    lm = problem.text.lm
     if isinstance(config, DPOStage):
-        return Writer(lm, train_on_pairs(name, config, problem, judged, folder))
+        return Writer(train_on_pairs(name, config, problem, judged, folder))
     if isinstance(config, SoftQStage):
         return offline.train_soft_q(name, config, problem, rated(), folder)
     if isinstance(config, ILQLStage):
         return offline.train_values(config, problem, rated(), critic_trunk, folder)
-    if isinstance(config, PPOStage):
-        learner = policy.ppo_learner(config, problem, critic_trunk)
-    elif isinstance(config, GRPOStage):
-        learner = policy.grpo_learner(config, problem)
-    elif isinstance(config, OnlineDPOStage):
-        learner = policy.online_dpo_learner(config, problem)
-    else:
-        learner = policy.raft_learner(config, problem)
-    return Writer(lm, policy.optimise_policy(name, config, learner, problem, folder))
+
+    def learner(lm: LanguageModel) -> Learner:
+        if isinstance(config, PPOStage):
+            return policy.ppo_learner(lm, config, problem, critic_trunk)
+        if isinstance(config, GRPOStage):
+            return policy.grpo_learner(lm, config, problem)
+        if isinstance(config, OnlineDPOStage):
+            return policy.online_dpo_learner(lm, config, problem)
+        return policy.raft_learner(lm, config, problem)
+
+    return Writer(policy.optimise_policy(name, config, learner, problem, folder))
 
 
 def kl_weight(config: Stage) -> float | None:

@@ -14,12 +14,13 @@ from experiments.loop import Show, run_stage
 from experiments.stages.configs import ILQLStage, SoftQStage
 from experiments.stages.policy import Problem
 from experiments.stages.ratings import Rated, branches_at
-from experiments.stages.text import Writer
+from experiments.stages.text import Text, Writer
 from rlhfjax.algorithms import Algorithm, ilql, make_optimizer, soft_q
 from rlhfjax.algorithms.algorithm import PyTree, check_divisible
 from rlhfjax.algorithms.optimizers import is_hidden_matrix
 from rlhfjax.data import batch_indices
 from rlhfjax.generation import guided
+from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import (
     branch_states,
     guide_params,
@@ -62,22 +63,24 @@ def check(config: Config, available: int) -> None:
 
 def train_soft_q(name: str, config: SoftQStage, problem: Problem, rated: Rated, folder: RunFolder) -> Writer:
     """Trains the policy from the reference on its rated samples, in the stage `name`."""
-    lm, temperature = problem.text.lm, config.temperature
-    evaluate = text_soft_q(lm, states=branch_states, temperature=temperature)
-    algorithm = soft_q.make(evaluate, make_optimizer(config.optimizer, config.steps), config.algorithm)
+    text, temperature = problem.text, config.temperature
+    optimizer = make_optimizer(config.optimizer, config.steps)
 
-    @jax.jit
-    def with_reference(params, episodes):
-        return soft_batch(lm, params, episodes, states=branch_states, temperature=temperature)
+    def algorithm(lm: LanguageModel) -> Algorithm:
+        evaluate = text_soft_q(lm, states=branch_states, temperature=temperature)
+        return soft_q.make(evaluate, optimizer, config.algorithm)
 
+    with_reference = text.jit(
+        lambda lm: partial(soft_batch, lm, states=branch_states, temperature=temperature)
+    )
     data = _in_parts(
         lambda index: with_reference(problem.reference, _episodes(problem, rated, index)),
         len(rated.row_B),
         config.prompts,
     )
-    size = problem.text.config.prompt_length + rated.token_BGC[0].size
+    size = text.config.prompt_length + rated.token_BGC[0].size
     start = partial(_copy, problem.reference)
-    return Writer(lm, _train(name, config, algorithm, start, data, SOFT_Q_COLUMNS, size, folder))
+    return Writer(_train(name, config, text, algorithm, start, data, SOFT_Q_COLUMNS, size, folder))
 
 
 def train_values(config: ILQLStage, problem: Problem, rated: Rated, trunk: dict, folder: RunFolder) -> Writer:
@@ -86,32 +89,34 @@ def train_values(config: ILQLStage, problem: Problem, rated: Rated, trunk: dict,
     The values know nothing of the KL's weight, so those of several weights are learnt once. They begin at 0, on a
     copy of `trunk`.
     """
-    lm = problem.text.lm
-    values = text_values(lm, states=branch_states, temperature=config.temperature)
-    algorithm = ilql.make(values.evaluate, _value_optimizer(config), config.algorithm, **values.target())
+    text, optimizer = problem.text, _value_optimizer(config)
+
+    def algorithm(lm: LanguageModel) -> Algorithm:
+        values = text_values(lm, states=branch_states, temperature=config.temperature)
+        return ilql.make(values.evaluate, optimizer, config.algorithm, **values.target())
 
     def start() -> PyTree:
         key = jax.random.fold_in(jax.random.key(folder.seed), 7)
         state_value = config.algorithm.expectile is not None
-        params = init_text_values(key, lm, _copy(problem.reference), state_value=state_value, scale=0.0)
+        params = init_text_values(key, text.lm, _copy(problem.reference), state_value=state_value, scale=0.0)
         params["value"]["trunk"] = _copy(trunk)
         return params
 
     data = _in_parts(lambda index: _episodes(problem, rated, index), len(rated.row_B), config.prompts)
-    size = problem.text.config.prompt_length + rated.token_BGC[0].size
+    size = text.config.prompt_length + rated.token_BGC[0].size
     return guided_writer(
-        config, problem, _train("ilql", config, algorithm, start, data, ILQL_COLUMNS, size, folder)
+        config, _train("ilql", config, text, algorithm, start, data, ILQL_COLUMNS, size, folder)
     )
 
 
-def guided_writer(config: ILQLStage, problem: Problem, params: dict) -> Writer:
+def guided_writer(config: ILQLStage, params: dict) -> Writer:
     """The policy among `params`, guided by their values so that a nat costs `kl_weight`.
 
     Sampled at the stage's temperature T it is policy x exp((min Q - V) / kl_weight): T divides the advantage too,
     so beta is T / kl_weight.
     """
-    lm = problem.text.lm
-    return Writer(guided(lm, trunk=lm), guide_params(params, config.temperature / config.kl_weight))
+    beta = config.temperature / config.kl_weight
+    return Writer(guide_params(params, beta), lambda lm: guided(lm, trunk=lm))
 
 
 def curve(name: str, config: Any, writer: Writer) -> Mapping[str, Writer]:
@@ -141,7 +146,8 @@ def with_kl_weight(config: Config, weight: float) -> Config:
 def _train(
     name: str,
     config: Config,
-    algorithm: Algorithm,
+    text: Text,
+    algorithm: Callable[[LanguageModel], Algorithm],
     start: Callable[[], PyTree],
     data: PyTree,
     columns: dict[str, str],
@@ -149,7 +155,7 @@ def _train(
     folder: RunFolder,
 ) -> PyTree:
     """Runs the stage `name` on batches of `data`, one row a prompt, of `size` tokens; returns the parameters."""
-    update = jax.jit(algorithm.update, donate_argnums=0)
+    update = text.jit(lambda lm: algorithm(lm).update, donate_argnums=(0,))
     key = jax.random.fold_in(jax.random.key(folder.seed), 8)
     count = len(jax.tree.leaves(data)[0])
 
@@ -164,7 +170,7 @@ def _train(
     state = run_stage(
         name,
         folder=folder,
-        init=lambda: algorithm.init(start()),
+        init=lambda: algorithm(text.lm).init(start()),
         step=step,
         batch=batch,
         steps=config.steps,

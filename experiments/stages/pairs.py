@@ -1,5 +1,7 @@
 """Preference optimisation on the judged pairs: no reward model, no sampling."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,10 @@ from experiments.loop import Show, run_stage
 from experiments.stages.configs import DPOStage as Config
 from experiments.stages.policy import Problem
 from experiments.stages.preferences import Judged, branches_of
-from rlhfjax.algorithms import dpo, make_optimizer
+from rlhfjax.algorithms import Algorithm, dpo, make_optimizer
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import batch_indices
+from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import completion_logp, pair_batch, pair_evaluate
 from rlhfjax.run_folder import RunFolder
 
@@ -37,9 +40,13 @@ def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, 
     """Trains on the first prompts of `judged` in the stage `name`; returns the policy's parameters."""
     text, temperature = problem.text, config.temperature
     collision = config.algorithm.weighting == "aligned"
-    evaluate = pair_evaluate(text.lm, temperature=temperature, collision=collision)
-    algorithm = dpo.make(evaluate, make_optimizer(config.optimizer, config.steps), config.algorithm)
-    update = jax.jit(algorithm.update, donate_argnums=0)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+
+    def algorithm(lm: LanguageModel) -> Algorithm:
+        evaluate = pair_evaluate(lm, temperature=temperature, collision=collision)
+        return dpo.make(evaluate, optimizer, config.algorithm)
+
+    update = text.jit(lambda lm: algorithm(lm).update, donate_argnums=(0,))
     logp_ref = None if config.algorithm.reference_free else _reference_logp(config, problem, judged)
     key = jax.random.fold_in(jax.random.key(folder.seed), 5)
     pairs = judged.preferences
@@ -65,7 +72,7 @@ def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, 
     state = run_stage(
         name,
         folder=folder,
-        init=lambda: algorithm.init(jax.tree.map(jnp.array, problem.reference)),
+        init=lambda: algorithm(text.lm).init(jax.tree.map(jnp.array, problem.reference)),
         step=step,
         batch=batch,
         steps=config.steps,
@@ -78,10 +85,7 @@ def _reference_logp(config: Config, problem: Problem, judged: Judged) -> np.ndar
     """Log-probabilities of all completions to train on under the reference, computed once; float32 [B, G, C]."""
     text = problem.text
 
-    @jax.jit
-    def logp(params, branches):
-        return completion_logp(text.lm, params, branches, config.temperature)
-
+    logp = text.jit(lambda lm: partial(completion_logp, lm, temperature=config.temperature))
     rows = np.arange(judged.trained)
     # The last part is filled up, so that nothing compiles twice.
     parts = np.resize(rows, (-(-len(rows) // config.prompts), config.prompts))

@@ -16,7 +16,7 @@ from rlhfjax.algorithms import Algorithm, dpo, grpo, make_optimizer, ppo, sft
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.config import Decoder
 from rlhfjax.data import batch_indices
-from rlhfjax.networks import Branches, init_scalar_head
+from rlhfjax.networks import Branches, LanguageModel, init_scalar_head
 from rlhfjax.networks.flops import branches_flops
 from rlhfjax.recipes import (
     RLHF,
@@ -37,6 +37,7 @@ from rlhfjax.recipes import (
 from rlhfjax.run_folder import RunFolder
 
 Config = PPOStage | GRPOStage | OnlineDPOStage | RAFTStage
+Reward = Callable[[Any, Branches], jax.Array]
 
 COLUMNS = {
     "objective/score": "reward",
@@ -55,14 +56,15 @@ class Problem:
 
     text: Text
     reference: dict  # the fine-tuned policy
-    reward: Callable[[Any, Any], jax.Array] | None  # (params, branches) -> float [B, G]; None: on the host
+    # lm -> ((params, branches) -> float [B, G]); None: on the host
+    reward: Callable[[LanguageModel], Reward] | None
     reward_params: Any
     examples: Examples
     rows: np.ndarray  # the prompts to draw from
     # (rows, texts) -> [B, G]; never learnt from, unless it is the reward on the host
     gold: Callable[[np.ndarray, list[list[str]]], np.ndarray]
 
-    def on_device(self) -> Callable[[Any, Any], jax.Array]:
+    def on_device(self) -> Callable[[LanguageModel], Reward]:
         """The reward. Raises ValueError where it is on the host."""
         if self.reward is None:
             raise ValueError("this needs a reward on the device, and the problem's is on the host")
@@ -70,13 +72,16 @@ class Problem:
 
 
 class Learner(NamedTuple):
-    """A method: an algorithm, its batch, and where it starts."""
+    """A method on a language model: an algorithm, its batch, and where it starts."""
 
     algorithm: Algorithm
     as_batch: AsBatch
     params: dict
     policy: Callable[[Any], dict]  # the language model among the params
     passes: "Passes"
+
+
+MakeLearner = Callable[[LanguageModel], Learner]
 
 
 class Passes(NamedTuple):
@@ -100,9 +105,9 @@ def make_critic(trunk: dict, width: int) -> dict:
     return {"trunk": trunk, "head": init_scalar_head(jax.random.key(0), width, scale=0.0)}
 
 
-def ppo_learner(config: PPOStage, problem: Problem, critic_trunk: dict) -> Learner:
+def ppo_learner(lm: LanguageModel, config: PPOStage, problem: Problem, critic_trunk: dict) -> Learner:
     """PPO, its critic on `critic_trunk`."""
-    lm, algorithm = problem.text.lm, config.algorithm
+    algorithm = config.algorithm
     evaluate = text_actor_critic(lm, temperature=config.temperature, shared_trunk=config.shared_trunk)
     critic = make_critic(critic_trunk, lm.config.width)
     if config.shared_trunk:
@@ -118,13 +123,13 @@ def ppo_learner(config: PPOStage, problem: Problem, critic_trunk: dict) -> Learn
     )
 
 
-def grpo_learner(config: GRPOStage, problem: Problem) -> Learner:
+def grpo_learner(lm: LanguageModel, config: GRPOStage, problem: Problem) -> Learner:
     """GRPO and its relatives; baseline "given" is the reward of a greedy completion (ReMax)."""
     algorithm = config.algorithm
-    evaluate = text_policy(problem.text.lm, temperature=config.temperature)
+    evaluate = text_policy(lm, temperature=config.temperature)
     exact = algorithm.kl_coefficient is not None and algorithm.kl_estimator == "exact"
     as_batch = grpo_batch(
-        problem.text.lm,
+        lm,
         temperature=config.temperature,
         exact_kl=evaluate if exact else None,
         greedy=_greedy(config),
@@ -133,9 +138,9 @@ def grpo_learner(config: GRPOStage, problem: Problem) -> Learner:
     return Learner(_algorithm(config, evaluate), as_batch, problem.reference, _whole, passes)
 
 
-def online_dpo_learner(config: OnlineDPOStage, problem: Problem) -> Learner:
+def online_dpo_learner(lm: LanguageModel, config: OnlineDPOStage, problem: Problem) -> Learner:
     """DPO on the best and the worst of each prompt's samples."""
-    lm, aligned = problem.text.lm, config.algorithm.weighting == "aligned"
+    aligned = config.algorithm.weighting == "aligned"
     evaluate = pair_evaluate(lm, temperature=config.temperature, collision=aligned)
     return Learner(
         _algorithm(config, evaluate),
@@ -146,9 +151,9 @@ def online_dpo_learner(config: OnlineDPOStage, problem: Problem) -> Learner:
     )
 
 
-def raft_learner(config: RAFTStage, problem: Problem) -> Learner:
+def raft_learner(lm: LanguageModel, config: RAFTStage, problem: Problem) -> Learner:
     """Fine-tuning on the best of each prompt's samples."""
-    evaluate = judged_evaluate(problem.text.lm, temperature=config.temperature)
+    evaluate = judged_evaluate(lm, temperature=config.temperature)
     passes = Passes(logits=1 + 3 / config.samples, hidden=0)  # the policy learns from one of the samples
     return Learner(_algorithm(config, evaluate), best_of_samples(), problem.reference, _whole, passes)
 
@@ -209,14 +214,14 @@ def run_key(seed: jax.Array | int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), 4)
 
 
-def compose(config: Config, learner: Learner, problem: Problem) -> RLHF:
+def compose(lm: LanguageModel, config: Config, learner: Learner, problem: Problem) -> RLHF:
     """The iteration of a method; float settings may be traced."""
     text = problem.text
     return make_rlhf(
-        text.lm,
+        lm,
         learner.algorithm,
         learner.as_batch,
-        reward=problem.reward,
+        reward=None if problem.reward is None else problem.reward(lm),
         samples=config.samples,
         max_new_tokens=text.config.completion_length,
         stop_tokens=text.stop_tokens,
@@ -227,11 +232,13 @@ def compose(config: Config, learner: Learner, problem: Problem) -> RLHF:
     )
 
 
-def optimise_policy(name: str, config: Config, learner: Learner, problem: Problem, folder: RunFolder) -> dict:
+def optimise_policy(
+    name: str, config: Config, make_learner: MakeLearner, problem: Problem, folder: RunFolder
+) -> dict:
     """Runs the stage `name` from the reference; returns the policy's parameters."""
     text, examples = problem.text, problem.examples
-    rlhf = compose(config, learner, problem)
-    iterate = jax.jit(rlhf.iterate, donate_argnums=0)
+    learner = make_learner(text.lm)
+    iterate = text.jit(lambda lm: compose(lm, config, make_learner(lm), problem).iterate, donate_argnums=(0,))
     key = run_key(folder.seed)
     frozen = Frozen(problem.reference, problem.reward_params)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.loop import run_once
 from experiments.stages.configs import PreferenceStage as Config
-from experiments.stages.text import Examples, Text
+from experiments.stages.text import Examples, Text, Writer
 from rlhfjax.data import Preferences, accuracy_ceiling, draw_preferences, same_pairs
 from rlhfjax.generation import Sampling, generate, sample_keys
 from rlhfjax.networks import Branches, LanguageModel
@@ -40,42 +40,41 @@ class Judged:
 
 def sample_policy(
     text: Text,
-    params: dict,
+    writer: Writer,
     examples: Examples,
     rows: np.ndarray,
     key: jax.Array,
     *,
     temperatures: np.ndarray,
     batch: int = BATCH,
-    lm: LanguageModel | None = None,
 ) -> dict[str, np.ndarray]:
-    """One completion per prompt and temperature, [B, G]: the arrays of `Generation`, on the host.
-
-    `lm` is what `params` are of; None: the plain language model.
-    """
+    """One completion per prompt and temperature, [B, G]: the arrays of `Generation`, on the host."""
     samples = len(temperatures)
     width = min(samples, BRANCHES)
-    lm = text.lm if lm is None else lm
 
-    @jax.jit
-    def run(params, prompts: Prompts, key, columns, temperatures):
-        return generate(
-            lm,
-            params,
-            prompts.token_BP,
-            prompts.mask_BP,
-            sample_keys(key, prompts.index_B, samples)[:, columns],
-            max_new_tokens=text.config.completion_length,
-            stop_tokens=text.stop_tokens,
-            sampling=Sampling(jnp.tile(temperatures, batch)),
-        )
+    def sampler(lm: LanguageModel):
+        def run(params, prompts: Prompts, key, columns, temperatures):
+            return generate(
+                writer.model(lm),
+                params,
+                prompts.token_BP,
+                prompts.mask_BP,
+                sample_keys(key, prompts.index_B, samples)[:, columns],
+                max_new_tokens=text.config.completion_length,
+                stop_tokens=text.stop_tokens,
+                sampling=Sampling(jnp.tile(temperatures, batch)),
+            )
+
+        return run
+
+    run = text.jit(sampler)
 
     def sample(start: int, columns: np.ndarray) -> dict[str, np.ndarray]:
         index = rows[start : start + batch]
         # The last batch and the last columns are filled up, so that nothing compiles twice.
         padded, filled = np.resize(index, batch), np.resize(columns, width)
         heat = jnp.asarray(np.asarray(temperatures)[filled], jnp.float32)
-        out = jax.device_get(run(params, text.batch(examples, padded), key, filled, heat))
+        out = jax.device_get(run(writer.params, text.batch(examples, padded), key, filled, heat))
         return {name: x[: len(index), : len(columns)] for name, x in out._asdict().items()}
 
     groups = column_groups(samples)
@@ -123,7 +122,7 @@ def collect_preferences(
     def compute():
         key = jax.random.fold_in(jax.random.key(folder.seed), 2)
         temperatures = np.full(config.samples, config.sampling_temperature)
-        out = sample_policy(text, policy, examples, rows, key, temperatures=temperatures)
+        out = sample_policy(text, Writer(policy), examples, rows, key, temperatures=temperatures)
         texts, gold = gold_scores(text, examples, rows, out)
         preferences = draw_preferences(
             gold, temperature=config.label_temperature, seed=folder.seed, same_BK=same_pairs(texts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def prepare(
     reference = finetune.finetune(sft, loaded, train, sft_rows, folder)
     judged = preferences.collect_preferences(preference, loaded, reference, train, rl_rows, folder)
     learned = reward.train_reward_model(reward_config, loaded, reference, train, judged, folder)
-    score = make_reward_model(loaded.lm, pool=reward_config.pool)
+    score = partial(make_reward_model, pool=reward_config.pool)
     problem = Problem(loaded, reference, score, learned.params, train, rl_rows, gold_of(train))
     return Prepared(problem, judged, learned, gold_of, heldout, preference, rating, folder)
 

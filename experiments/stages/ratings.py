@@ -16,7 +16,7 @@ from experiments.stages.configs import PreferenceStage
 from experiments.stages.configs import RatingStage as Config
 from experiments.stages.policy import Problem
 from experiments.stages.preferences import BATCH, Judged, sample_policy
-from experiments.stages.text import Examples, Text
+from experiments.stages.text import Examples, Text, Writer
 from rlhfjax.networks import Branches
 from rlhfjax.run_folder import RunFolder
 
@@ -57,7 +57,12 @@ def rate(
             temperatures = np.full(sampled.samples, sampled.sampling_temperature)
             parts.append(
                 sample_policy(
-                    problem.text, problem.reference, problem.examples, others, key, temperatures=temperatures
+                    problem.text,
+                    Writer(problem.reference),
+                    problem.examples,
+                    others,
+                    key,
+                    temperatures=temperatures,
                 )
             )
         token, mask = (np.concatenate([part[name] for part in parts]) for name in ("token_BGC", "mask_BGC"))
@@ -89,7 +94,7 @@ def branches_at(
 
 def _rewards(problem: Problem, rows: np.ndarray, token: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The reward of every completion, float32 [B, G]."""
-    reward = jax.jit(problem.on_device())
+    reward = problem.text.jit(problem.on_device())
     # The last part is filled up, so that nothing compiles twice.
     parts = np.resize(np.arange(len(rows)), (-(-len(rows) // BATCH), BATCH))
     found = [

@@ -10,9 +10,10 @@ from experiments.loop import Show, run_once, run_stage
 from experiments.stages.configs import RewardStage as Config
 from experiments.stages.preferences import BATCH, Judged, branches_of
 from experiments.stages.text import Examples, Text
-from rlhfjax.algorithms import make_optimizer, reward_model
+from rlhfjax.algorithms import Algorithm, make_optimizer, reward_model
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import accuracy_ceiling, batch_indices
+from rlhfjax.networks import LanguageModel
 from rlhfjax.ops import fit_temperature
 from rlhfjax.recipes import init_reward_model, make_reward_model
 from rlhfjax.run_folder import RunFolder
@@ -45,15 +46,17 @@ def train_reward_model(
     config: Config, text: Text, policy: dict, examples: Examples, judged: Judged, folder: RunFolder
 ) -> Learned:
     """Trains on the first prompts of `judged`, then normalises and measures."""
-    evaluate = make_reward_model(text.lm, pool=config.pool)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    algorithm = reward_model.make(evaluate, optimizer, config.algorithm)
-    update = jax.jit(algorithm.update, donate_argnums=0)
+
+    def algorithm(lm: LanguageModel) -> Algorithm:
+        return reward_model.make(make_reward_model(lm, pool=config.pool), optimizer, config.algorithm)
+
+    update = text.jit(lambda lm: algorithm(lm).update, donate_argnums=(0,))
     key_init, key_update = jax.random.split(jax.random.fold_in(jax.random.key(folder.seed), 3))
     pairs = judged.preferences
 
     def init():
-        return algorithm.init(
+        return algorithm(text.lm).init(
             jax.tree.map(jnp.array, init_reward_model(key_init, policy, text.lm.config.width))
         )
 
@@ -78,7 +81,8 @@ def train_reward_model(
         steps=config.steps,
         show=Show(columns={"loss/preference": "loss", "pair/accuracy": "accuracy", "score/std": "score std"}),
     )
-    return _measure(text, jax.jit(evaluate), state.params, examples, judged, folder)
+    evaluate = text.jit(lambda lm: make_reward_model(lm, pool=config.pool))
+    return _measure(text, evaluate, state.params, examples, judged, folder)
 
 
 def _measure(text, evaluate, params, examples, judged, folder) -> Learned:

@@ -1,15 +1,19 @@
 """Text in: the tokenizer, the base model, and pairs split between fine-tuning and reinforcement learning."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.assets import asset
 from experiments.stages.configs import Text as Config
+from rlhfjax.config import LoRA
 from rlhfjax.data import BPETokenizer, Encoded, encode_pairs, load_pairs, pad_prompts
-from rlhfjax.networks import LanguageModel, decoder
+from rlhfjax.networks import LanguageModel, adapted, decoder, init_lora
 from rlhfjax.pretrained import load_pretrained
 from rlhfjax.recipes import Prompts
 
@@ -32,12 +36,36 @@ class Text:
 
     config: Config
     tokenizer: BPETokenizer
-    lm: LanguageModel
+    lm: LanguageModel  # of whole parameters, as the base's are
     base: dict  # parameters of the base model
+    lora: LoRA | None = None  # trained are adapters on the base; None: the whole model
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         return (self.tokenizer.eos_id,)
+
+    def jit(
+        self, build: Callable[[LanguageModel], Callable[..., Any]], *, donate_argnums: tuple[int, ...] = ()
+    ) -> Callable[..., Any]:
+        """`build(lm)` compiled, lm being the language model whose params are those that are trained: the whole model's,
+        or adapters. Of these the base is an argument of the program, one copy for all that stand on it.
+        """
+        if self.lora is None:
+            return jax.jit(build(self.lm), donate_argnums=donate_argnums)
+        lora = self.lora
+
+        def on_base(base: dict, *arguments: Any) -> Any:
+            return build(adapted(self.lm, base, lora))(*arguments)
+
+        return partial(jax.jit(on_base, donate_argnums=tuple(i + 1 for i in donate_argnums)), self.base)
+
+    def start(self, key: jax.Array) -> dict:
+        """The params that training starts from, arrays of their own: a copy of the base, or adapters that change
+        nothing. The key is consumed.
+        """
+        if self.lora is None:
+            return jax.tree.map(jnp.array, self.base)
+        return jax.jit(partial(init_lora, config=self.lora))(key, self.base)
 
     def load(self, split: str) -> Examples:
         """The pairs of one split that fit the configured lengths."""
@@ -78,10 +106,11 @@ class Text:
 
 
 class Writer(NamedTuple):
-    """A policy to sample: a language model, plain or guided by a value, and its parameters."""
+    """A policy to sample: its parameters, and the language model that they are of."""
 
-    lm: LanguageModel
     params: dict
+    # The text's language model -> that of `params`: the same, or the same guided by a value.
+    model: Callable[[LanguageModel], LanguageModel] = lambda lm: lm
 
 
 def open_text(config: Config) -> Text:

@@ -10,7 +10,7 @@ from rlhfjax.recipes.batches import (
     text_policy,
 )
 from rlhfjax.recipes.games import Played, best_games, cut_games, game_episodes, play_games
-from rlhfjax.recipes.host import HostIteration, host_iteration, host_iterations
+from rlhfjax.recipes.host import HostIteration, Iteration, host_iteration, host_iterations
 from rlhfjax.recipes.preference import (
     equal_completions,
     judged_batch,
@@ -59,6 +59,7 @@ __all__ = [
     "Experience",
     "Frozen",
     "HostIteration",
+    "Iteration",
     "PackedInputs",
     "Played",
     "Prompts",

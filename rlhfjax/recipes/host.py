@@ -23,14 +23,14 @@ class HostIteration(NamedTuple):
 
 
 class Iteration:
-    """One iteration with a reward on the host, its two halves compiled once.
+    """One iteration with a reward on the host, from `rollout` and `learn` of an `RLHF`, compiled by the caller.
 
-    rollout(state, prompts, key) draws the completions of a batch, by the key of its iteration, as the call does.
+    `learn` may donate its state. `rollout(state, prompts, key)` of this draws the completions of a batch, by the key of
+    its iteration, as the call does.
     """
 
-    def __init__(self, rlhf: RLHF, score: Score) -> None:
-        self._rollout, self._learn = jax.jit(rlhf.rollout), jax.jit(rlhf.learn, donate_argnums=0)
-        self._score = score
+    def __init__(self, rollout: Callable[..., Generation], learn: Callable[..., Any], score: Score) -> None:
+        self._rollout, self._learn, self._score = rollout, learn, score
 
     def rollout(self, state: Any, prompts: Prompts, key: jax.Array) -> Generation:
         """Completions of a batch, [B, G, C]."""
@@ -73,8 +73,9 @@ class Iteration:
 
 
 def host_iteration(rlhf: RLHF, score: Score) -> Iteration:
-    """One iteration, for a loop of the caller's own; `host_iterations` is the loop, and says what `score` is."""
-    return Iteration(rlhf, score)
+    """One iteration, for a loop of the caller's own, its two halves compiled; `host_iterations` is the loop, and says
+    what `score` is."""
+    return Iteration(jax.jit(rlhf.rollout), jax.jit(rlhf.learn, donate_argnums=0), score)
 
 
 def host_iterations(
@@ -104,7 +105,7 @@ def host_iterations(
 
     Raises ValueError where `generation` or the scores are not of the batch's prompts and samples.
     """
-    iteration = Iteration(rlhf, score)
+    iteration = host_iteration(rlhf, score)
     remaining = iter(batches)
     batch = next(remaining, None)
     while batch is not None:
