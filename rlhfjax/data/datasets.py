@@ -33,11 +33,16 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ()) -> list[dict[str,
     required: names of fields that every row must have, each a text with something but white space in it.
     ValueError for a bad row, naming file, line and field; FileNotFoundError for a missing file.
     """
+    return [row for _, row in numbered_rows(path, required)]
+
+
+def numbered_rows(path: str | Path, required: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """As `read_jsonl`, each row behind the place it came from, "file:line", for messages about it."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no data file at {file}")
-    lines = enumerate(_read_bytes(file).split(b"\n"), 1)
-    rows = [_parse_row(line, required, where=f"{file}:{number}") for number, line in lines if line.strip()]
+    lines = ((f"{file}:{number}", line) for number, line in enumerate(_read_bytes(file).split(b"\n"), 1))
+    rows = [(where, _parse_row(line, required, where=where)) for where, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{file} has no rows; write one JSON object a line")
     return rows
@@ -106,11 +111,11 @@ def _parse_row(line: bytes, required: Sequence[str], *, where: str) -> dict[str,
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON object is needed, this is {type(row).__name__}")
     for field in required:
-        _check_text(row, field, where=where)
+        check_text(row, field, where=where)
     return row
 
 
-def _check_text(row: Mapping[str, Any], field: str, *, where: str) -> None:
+def check_text(row: Mapping[str, Any], field: str, *, where: str) -> None:
     """ValueError unless row[field] is a text that can be encoded and is not empty."""
     if field not in row:
         raise ValueError(f"{where}: no field {field!r}; the row has {sorted(row)}")

@@ -4,7 +4,7 @@ Shapes: R rows, T positions, B sequences, P prompt length.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ __all__ = ["Encoded", "Packed", "encode_pairs", "pack", "pad_completions", "pad_
 class Encoded(NamedTuple):
     """Pairs as token ids; item i of every field belongs to pair `row[i]` of those given."""
 
-    prompts: list[list[int]]  # each ends with the separator
+    prompts: list[list[int]]  # each ends with the separator, where the tokenizer has one
     completions: list[list[int]]  # each ends with EOS
     row: np.ndarray  # int64 [N], ascending
     dropped: int  # pairs left out because they were too long
@@ -35,8 +35,10 @@ class Packed(NamedTuple):
     token_RT: np.ndarray  # int32
     segment_RT: np.ndarray  # int32: which sequence of the row, from 1; 0 is padding
     position_RT: np.ndarray  # int32: place in the sequence, from 0; 0 on padding
-    prompt_RT: np.ndarray  # bool: token t + 1 is of the prompt (its separator included)
-    completion_RT: np.ndarray  # bool: token t + 1 is of the completion (its EOS included)
+    prompt_RT: (
+        np.ndarray
+    )  # bool: token t + 1 is of the prompt (its separator included), or else not to be learnt
+    completion_RT: np.ndarray  # bool: token t + 1 is of the completion (its EOS included) and to be learnt
 
     @property
     def fill(self) -> float:
@@ -52,39 +54,61 @@ def encode_pairs(
     completion_length: int,
     drop: bool = False,
 ) -> Encoded:
-    """Each pair as (prompt ids + [sep], completion ids + [eos]).
+    """Each pair as (prefix + prompt ids + [sep], completion ids + [eos]).
+
+    The prefix, such as BOS, is that of the tokenizer; one without the role "sep", as pretrained models have, puts
+    nothing between prompt and completion, so a text wants its own white space there.
 
     prompt_length, completion_length: most tokens of each, separator and EOS counted. A longer pair is a
     ValueError that names it; with `drop` it is left out and counted. An empty text is always a ValueError.
     """
     _check_no_empty(pairs)
-    prompts = [ids + [tokenizer.sep_id] for ids in tokenizer.encode_batch([pair[0] for pair in pairs])]
+    before = list(tokenizer.prefix_ids)
+    after = [tokenizer.special_ids["sep"]] if "sep" in tokenizer.special_ids else []
+    prompts = [before + ids + after for ids in tokenizer.encode_batch([pair[0] for pair in pairs])]
     completions = [ids + [tokenizer.eos_id] for ids in tokenizer.encode_batch([pair[1] for pair in pairs])]
-    limits = (("prompt", prompts, prompt_length), ("completion", completions, completion_length))
-    fits = np.ones(len(pairs), bool)
-    for name, sequences, limit in limits:
+    limits = {"prompt": (prompts, prompt_length), "completion": (completions, completion_length)}
+    kept = fitting_rows(limits, drop=drop)
+    return Encoded([prompts[i] for i in kept], [completions[i] for i in kept], kept, len(pairs) - len(kept))
+
+
+def fitting_rows(
+    limits: Mapping[str, tuple[Sequence[Sequence[int]], int]], *, drop: bool, rows: str = "pairs"
+) -> np.ndarray:
+    """Rows whose sequences all fit: int64, ascending. `limits`: name -> (a sequence of each row, most tokens).
+
+    Without `drop` a row that does not fit is a ValueError that names it, and the argument `name`_length. `rows`: what
+    a message calls them.
+    """
+    fits = np.ones(max(len(sequences) for sequences, _ in limits.values()), bool)
+    for name, (sequences, limit) in limits.items():
         length_N = np.array([len(ids) for ids in sequences], np.int64)
         if not drop and (length_N > limit).any():
             row = int(np.argmax(length_N > limit))
             raise ValueError(
                 f"row {row}: the {name} has {length_N[row]} tokens and {name}_length is {limit} "
-                f"({int((length_N > limit).sum())} of {len(pairs)} rows are too long); "
+                f"({int((length_N > limit).sum())} of {len(fits)} rows are too long); "
                 f"raise {name}_length, shorten the text or pass drop=True"
             )
         fits &= length_N <= limit
-    kept = np.flatnonzero(fits)
-    if not len(kept):
-        raise ValueError(
-            f"none of {len(pairs)} pairs has at most prompt_length={prompt_length} and "
-            f"completion_length={completion_length} tokens; raise them"
-        )
-    return Encoded([prompts[i] for i in kept], [completions[i] for i in kept], kept, len(pairs) - len(kept))
+    if not fits.any():
+        asked = " and ".join(f"{name}_length={limit}" for name, (_, limit) in limits.items())
+        raise ValueError(f"none of {len(fits)} {rows} has at most {asked} tokens; raise them")
+    return np.flatnonzero(fits)
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, length: int, pad_id: int
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    length: int,
+    pad_id: int,
+    masks: Sequence[Sequence[bool] | np.ndarray] | None = None,
 ) -> Packed:
     """Lays sequences (prompt + completion) into rows of `length + 1` tokens, none of them cut.
+
+    masks: which tokens of each completion are learnt, bool, as long as it; None: all. A conversation of several turns
+    is a completion without a prompt, its mask True on the assistant's tokens. `pad_id` may be any id, EOS too.
 
     Best fit decreasing: the longest first, each into the fullest row that still holds it. Deterministic; the
     rows come out roughly from long sequences to short ones, so shuffle rows when drawing batches.
@@ -94,6 +118,7 @@ def pack(
         raise ValueError(
             f"pack needs as many prompts as completions, at least one: {len(prompts)}, {len(completions)}"
         )
+    _check_masks(completions, masks)
     sizes = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     for i, size in enumerate(sizes):
         if not 2 <= size <= length + 1:
@@ -113,6 +138,8 @@ def pack(
         start = 0
         for segment, i in enumerate(members, 1):
             _write(packed, r, start, segment, prompts[i], completions[i])
+            if masks is not None:
+                _hide(packed, r, start + len(prompts[i]), np.asarray(masks[i], bool))
             start += sizes[i]
     return packed
 
@@ -172,6 +199,31 @@ def _write(
     packed.position_RT[row, start:end] = np.arange(min(end, packed.position_RT.shape[1]) - start)
     packed.prompt_RT[row, start:first_target] = True
     packed.completion_RT[row, first_target : end - 1] = True
+
+
+def _hide(packed: Packed, row: int, start: int, mask: np.ndarray) -> None:
+    """Takes the tokens where `mask` is False, at column `start` and on, from the completion to the prompt.
+
+    The first token of a sequence is nobody's target."""
+    hidden = start + np.flatnonzero(~mask)
+    target = hidden[hidden > 0] - 1
+    target = target[packed.completion_RT[row, target]]
+    packed.completion_RT[row, target] = False
+    packed.prompt_RT[row, target] = True
+
+
+def _check_masks(
+    completions: Sequence[Sequence[int]], masks: Sequence[Sequence[bool] | np.ndarray] | None
+) -> None:
+    if masks is None:
+        return
+    if len(masks) != len(completions):
+        raise ValueError(f"masks must be one a completion: {len(masks)} of {len(completions)}")
+    for i, (mask, ids) in enumerate(zip(masks, completions, strict=True)):
+        if len(mask) != len(ids):
+            raise ValueError(
+                f"sequence {i}: its mask has {len(mask)} places, its completion {len(ids)} tokens"
+            )
 
 
 def _checked_lengths(sequences: Sequence[Sequence[int]], length: int, name: str) -> np.ndarray:

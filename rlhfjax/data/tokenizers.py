@@ -3,7 +3,8 @@
 Both give back exactly the text they were given, any Unicode included. Special tokens have a role ("pad",
 "eos", "sep" and any other name) and are never made from text: a document that holds the characters of a
 special token is encoded as those characters. `decode` leaves specials out. `pad` and `eos` are always two
-tokens, so that a program that confuses padding with the end of a text fails.
+tokens, so that a program that confuses padding with the end of a text fails. (Tokenizers of other people's
+models are another matter: `pretrained_tokenizers`.)
 """
 
 import json
@@ -29,7 +30,12 @@ class Tokenizer(Protocol):
 
     @property
     def special_ids(self) -> Mapping[str, int]:
-        """Role -> id; has at least "pad", "eos" and "sep"."""
+        """Role -> id; has at least "pad" and "eos", and "sep" where prompts end with a separator."""
+        ...
+
+    @property
+    def prefix_ids(self) -> Sequence[int]:
+        """Ids that stand before every text (BOS of many pretrained models), which `encode` does not add."""
         ...
 
     @property
@@ -37,9 +43,6 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int: ...
-
-    @property
-    def sep_id(self) -> int: ...
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text; no special is added."""
@@ -54,7 +57,10 @@ class Tokenizer(Protocol):
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]: ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one id stands for, b"" for a special; `decode` joins them and reads UTF-8."""
+        """The bytes that one id stands for, b"" for a special; `decode` joins them and reads UTF-8.
+
+        SentencePiece's `decode` also drops a space before the text.
+        """
         ...
 
 
@@ -68,6 +74,7 @@ class ByteTokenizer:
         _check_special_tokens(special_tokens)
         self.special_ids = {role: 256 + i for i, role in enumerate(special_tokens)}
         self.pad_id, self.eos_id, self.sep_id = (self.special_ids[role] for role in SPECIAL_TOKENS)
+        self.prefix_ids: tuple[int, ...] = ()
         self.vocab_size = 256 + len(special_tokens)
 
     def encode(self, text: str) -> list[int]:
@@ -88,7 +95,7 @@ class ByteTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The byte of an id below 256, b"" for a special; ValueError for an id out of range."""
-        _check_id(token_id, self.vocab_size)
+        check_id(token_id, self.vocab_size)
         return bytes([token_id]) if token_id < 256 else b""
 
 
@@ -114,13 +121,14 @@ class BPETokenizer:
         self._inner = inner
         self.special_ids: dict[str, int] = ids
         self.pad_id, self.eos_id, self.sep_id = (ids[role] for role in SPECIAL_TOKENS)
+        self.prefix_ids: tuple[int, ...] = ()
         self._bytes = _vocabulary_bytes(inner, silent=set(ids.values()))
         self.vocab_size = len(self._bytes)
 
     @classmethod
     def load(cls, path: str | Path, special_tokens: Mapping[str, str] = SPECIAL_TOKENS) -> Self:
         """Reads a `tokenizer.json`; a folder stands for the file of that name in it."""
-        library = _tokenizers()
+        library = tokenizers_library()
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
@@ -149,7 +157,7 @@ class BPETokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that the id stands for, b"" for a special; ValueError for an id out of range."""
-        _check_id(token_id, self.vocab_size)
+        check_id(token_id, self.vocab_size)
         return self._bytes[token_id]
 
 
@@ -161,7 +169,7 @@ def train_bpe(
     vocab_size counts the specials (which take the first ids) and the 256 bytes. A corpus too small for that
     many merges gives fewer ids: read `vocab_size` of the result.
     """
-    library = _tokenizers()
+    library = tokenizers_library()
     _check_special_tokens(special_tokens)
     least = 256 + len(special_tokens)
     if vocab_size < least:
@@ -179,7 +187,7 @@ def train_bpe(
     return BPETokenizer(inner, special_tokens)
 
 
-def _tokenizers() -> Any:
+def tokenizers_library() -> Any:
     """The `tokenizers` library, imported only where it is used."""
     if find_spec("tokenizers") is None:
         raise ModuleNotFoundError(
@@ -215,11 +223,19 @@ def _vocabulary_bytes(inner: Any, silent: set[int]) -> list[bytes]:
         if token_id in silent or (token_id in added and added[token_id].special):
             continue
         # An added token is written as plain text, a token of the BPE in the alphabet of _BYTE_OF.
-        table[token_id] = text.encode() if token_id in added else bytes(_BYTE_OF[c] for c in text)
+        table[token_id] = text.encode() if token_id in added else bytes_of_characters(text)
     return table
 
 
-def _check_id(token_id: int, vocab_size: int) -> None:
+def bytes_of_characters(text: str) -> bytes:
+    """Bytes of a token that a byte-level file writes with one character a byte; other text is UTF-8 itself."""
+    if all(c in _BYTE_OF for c in text):
+        return bytes(_BYTE_OF[c] for c in text)
+    return text.encode()
+
+
+def check_id(token_id: int, vocab_size: int) -> None:
+    """ValueError unless the id is in [0, vocab_size)."""
     if not 0 <= token_id < vocab_size:
         raise ValueError(f"token id {token_id} is not in [0, {vocab_size})")
 
