@@ -122,13 +122,15 @@ def end_of_turn(template: ChatTemplate, tokenizer: PretrainedTokenizer) -> tuple
 
 
 def _turn_ends(template: ChatTemplate, tokenizer: PretrainedTokenizer) -> list[str]:
-    """The first special token behind an assistant's content, white space apart; none if other text comes first."""
+    """The first special token behind an assistant's content, white space apart, in a last turn and in one before."""
     said = "OK"
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
-    text = template.render(messages)
-    behind = text[text.rindex(said) + len(said) :] if said in text else ""
-    found = _special_pattern(tokenizer).match(behind.lstrip())
-    return [] if found is None else [found.group()]
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": said if role == "assistant" else "Hi"} for role in roles]
+    found = []
+    for talk in (messages, messages[:2]):
+        behind = template.render(talk).rpartition(said)[2]
+        found.append(_special_pattern(tokenizer).match(behind.lstrip()))
+    return list(dict.fromkeys(match.group() for match in found if match is not None))
 
 
 def _render(

@@ -40,14 +40,14 @@ __all__ = [
 class Conversation(NamedTuple):
     """A conversation to learn from."""
 
-    messages: list[Message]
+    messages: Sequence[Message]
     given: int  # first messages of which nothing is learnt; 0 where every turn of the assistant is
 
 
 class ChatPair(NamedTuple):
     """Two answers in a conversation, of which a judge preferred the first; each is one message."""
 
-    prompt: list[Message]
+    prompt: Sequence[Message]
     chosen: Message
     rejected: Message
 
@@ -110,8 +110,8 @@ def encode_conversations(
 ) -> EncodedConversations:
     """Each conversation as ids, and a mask of what the assistant says in its turns and the tokens that end them.
 
-    conversation_length: most tokens. A longer conversation is a ValueError that names it; with `drop` it is left out and counted.
-    ValueError also for one that the template refuses, or of which nothing is learnt.
+    conversation_length: most tokens. A longer one is a ValueError that names it; with `drop` it is left out and
+    counted. ValueError also for one that the template refuses, or of which nothing is learnt.
     """
     chats = []
     for row, (messages, given) in enumerate(conversations):
