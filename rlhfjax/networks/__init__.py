@@ -8,6 +8,7 @@ from rlhfjax.networks.branches import Branches, branch_hidden, pad_prompt_positi
 from rlhfjax.networks.decoder import Cache, LanguageModel, decoder
 from rlhfjax.networks.heads import init_scalar_head, scalar_head
 from rlhfjax.networks.induction import with_induction_heads
+from rlhfjax.networks.lora import adapted, init_lora, merge_lora, with_adapters
 from rlhfjax.networks.mlp import MLP, mlp
 from rlhfjax.networks.q_heads import (
     best_token,
@@ -18,6 +19,7 @@ from rlhfjax.networks.q_heads import (
     q_values,
     state_value,
 )
+from rlhfjax.networks.quantised import dequantise, quantisation_error, quantise
 
 __all__ = [
     "BranchMask",
@@ -26,21 +28,28 @@ __all__ = [
     "LanguageModel",
     "MLP",
     "SegmentMask",
+    "adapted",
     "attend",
     "best_token",
     "branch_hidden",
     "branch_mask",
     "causal_mask",
     "decoder",
+    "dequantise",
+    "init_lora",
     "init_q_heads",
     "init_scalar_head",
+    "merge_lora",
     "mlp",
     "pad_prompt_positions",
     "q_advantage",
     "q_log_softmax",
     "q_of_tokens",
     "q_values",
+    "quantisation_error",
+    "quantise",
     "scalar_head",
     "state_value",
+    "with_adapters",
     "with_induction_heads",
 ]
