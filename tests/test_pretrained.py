@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from rlhfjax.config import Decoder
+from rlhfjax.config import Decoder, RopeScaling
 from rlhfjax.networks import decoder
 from rlhfjax.pretrained import (
     huggingface,
@@ -89,6 +89,8 @@ def test_half_precision_is_a_rounding(dtype, relative, tmp_path):
 
 def test_the_layout_is_that_of_a_llama(saved):
     assert sorted(x.name for x in saved.iterdir()) == ["config.json", "model.safetensors"]
+    # Who may read the config may read the weights.
+    assert len({x.stat().st_mode for x in saved.iterdir()}) == 1
     raw = json.loads((saved / "config.json").read_text())
     expected = {
         "model_type": "llama",
@@ -397,6 +399,15 @@ def test_what_lies_beside_a_model_goes_with_it(saved, tmp_path):
         save_pretrained(tmp_path / "new", dataclasses.replace(plain, norm="layernorm"), params, like=saved)
     with pytest.raises(FileNotFoundError, match="config.json is missing"):
         save_pretrained(tmp_path / "new", plain, params, like=tmp_path / "nowhere")
+
+
+def test_rotary_positions_are_not_mixed_with_those_of_the_origin(saved, tmp_path):
+    scaling = RopeScaling("linear", 2.0)
+    change_config(saved, original_max_position_embeddings=16, rope_scaling={"type": "linear", "factor": 4.0})
+    stretched = dataclasses.replace(CONFIG, rope_scaling=RopeScaling("yarn", 2.0, 20))
+    for config in (dataclasses.replace(CONFIG, rope_scaling=scaling), stretched):
+        save_pretrained(tmp_path / "new", config, PARAMS[CONFIG], like=saved)
+        assert load_pretrained(tmp_path / "new")[0] == config
 
 
 def test_a_model_may_be_written_over_where_it_came_from(saved):

@@ -114,7 +114,11 @@ def write_folder(directory: Path, files: dict[str, Callable[[Path], Any]]) -> No
         temporary = Path(name)
         for file, write in files.items():
             write(temporary / file)
+        # safetensors makes files that only their owner may read, whatever the umask says.
+        (temporary / ".usual").touch()
+        usual = (temporary / ".usual").stat().st_mode
         for file in files:
+            (temporary / file).chmod(usual)
             os.replace(temporary / file, directory / file)
     for old in (WEIGHTS, INDEX, "model-*-of-*.safetensors"):
         for file in directory.glob(old):
