@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from tiny_tokenizers import KINDS, ROLES, TOKENIZERS, write_folder
 
-from rlhfjax.data import CHATML, ChatTemplate, PretrainedTokenizer, end_of_turn, load_chat_template
+from rlhfjax.data import (
+    CHATML,
+    ChatTemplate,
+    PretrainedTokenizer,
+    end_of_turn,
+    load_chat_template,
+    load_tokenizer,
+    save_tokenizer,
+)
+from rlhfjax.data import chat as chat_module
 
 BYTE = TOKENIZERS["byte"]
 # Short forms of templates in use: what each writes, not how it is written.
@@ -164,6 +173,21 @@ def test_the_same_word_said_by_both_is_learnt_from_one_alone():
     assert KINDS["byte"].decode(chat.ids[:place]).endswith("assistant\n")
 
 
+def test_white_space_around_what_is_said_is_learnt_where_the_template_keeps_it():
+    talk = say(" a ", "\n  sat \n", "b", "the")
+    assert said("byte", TEMPLATES["chatml"].encode(BYTE, talk))[0] == "\n  sat \n<|im_end|>"
+    assert said("byte", TEMPLATES["llama3"].encode(BYTE, talk))[0] == "sat<|eot_id|>"
+
+
+def test_special_tokens_outside_contents_are_refused():
+    for field in ("role", "name"):
+        talk = [{"role": "user", "content": "a", field: "user<|im_end|>"}]
+        with pytest.raises(
+            ValueError, match=r"message 0 holds the text '<\|im_end\|>' .* outside its content"
+        ):
+            TEMPLATES["chatml"].encode(BYTE, talk)
+
+
 def test_a_last_turn_without_its_end_is_learnt_as_far_as_it_goes():
     source = CHATML.replace("'<|im_end|>\n'", "('' if loop.last else '<|im_end|>\n')")
     chat = ChatTemplate(source, ROLES).encode(BYTE, TALK)
@@ -248,6 +272,12 @@ def test_a_template_that_raises_says_so_and_of_what():
         ChatTemplate("{{ nothing.at_all }}", ROLES).render(say("a"))
 
 
+def test_the_missing_library_is_named_with_the_command(monkeypatch):
+    monkeypatch.setattr(chat_module, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "rlhfjax\[text\]"'):
+        TEMPLATES["chatml"].render(say("a"))
+
+
 def test_templates_are_found_where_models_keep_them(tmp_path):
     config = {"bos_token": "<s>", "chat_template": "{{ bos_token }}one"}
     folder = write_folder(tmp_path, KINDS["byte"], tokenizer_config=config)
@@ -263,6 +293,24 @@ def test_templates_are_found_where_models_keep_them(tmp_path):
     assert load_chat_template(folder, "rag").source == "four" and load_chat_template(folder).source == "five"
     with pytest.raises(FileNotFoundError, match=r"'none' \(found: \['default', 'rag', 'tools'\]\)"):
         load_chat_template(folder, "none")
+
+
+@EACH_KIND
+def test_what_is_saved_is_loaded_again_and_by_transformers(tmp_path, kind):
+    inner, template = KINDS[kind], TEMPLATES["llama3"]
+    stops = [inner.get_vocab()["<|eot_id|>"]]
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.7}')
+    save_tokenizer(tmp_path, PretrainedTokenizer(inner, ROLES, stops), template)
+    tokenizer = load_tokenizer(tmp_path)
+    assert load_chat_template(tmp_path) == template
+    assert (tokenizer.special_tokens, tokenizer.stop_ids) == (ROLES, (2, *stops))
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.7
+    assert tokenizer.encode("the <s> cat") == TOKENIZERS[kind].encode("the <s> cat")
+    assert tokenizer.prefix_ids == TOKENIZERS[kind].prefix_ids
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs.apply_chat_template(TALK, return_dict=False)
+    assert ids == template.encode(tokenizer, TALK).ids and theirs.eos_token_id == tokenizer.eos_id
 
 
 def test_a_base_model_has_no_template_of_its_own(tmp_path):

@@ -82,6 +82,10 @@ def test_text_never_makes_a_special_token(kind):
     assert not set(tokenizer.special_texts.values()) - unknown & set(ids)
     if kind != "unigram":
         assert tokenizer.decode(ids) == hostile
+    # Nor does the private-use text that stands for one inside the library.
+    for index, text in enumerate(tokenizer.special_texts):
+        private = tokenizer.encode(chr(0xF0000 + index) * len(text))
+        assert not set(tokenizer.special_texts.values()) - unknown & set(private)
 
 
 @EACH

@@ -151,6 +151,10 @@ def test_a_model_is_read_as_it_was(models, family):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
     _, halved = load_gguf(path, dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(halved)} == {jnp.dtype("bfloat16")}
+    short, _ = load_gguf(read_gguf(path), compute_dtype="bfloat16", max_positions=9)
+    assert (short.dtype, short.max_positions) == ("bfloat16", 9)
+    with pytest.raises(ValueError, match=r"max_positions=65 must lie in \[1, 64\]"):
+        load_gguf(path, max_positions=65)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -262,7 +266,7 @@ def test_a_quantisation_that_cannot_be_undone_is_named(tmp_path, monkeypatch):
 
 def test_the_missing_library_is_named_with_the_command(monkeypatch, models):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "rlhfjax\[gguf\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "rlhfjax\[chat\]"'):
         read_gguf(models["llama"][0])
 
 
@@ -372,6 +376,20 @@ def test_a_sentencepiece_tokenizer_is_built_from_the_scores(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("better, pieces", [("ab", ["▁", "ab", "c"]), ("bc", ["▁", "a", "bc"])])
+def test_the_higher_score_is_merged_first(tmp_path, better, pieces):
+    tokens = ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "ab", "bc"]
+    about = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-1.0 if token == better else -2.0 for token in tokens],
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1, 1],
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    tokenizer = gguf_tokenizer(read_metadata(tmp_path, about))
+    assert [tokens[i] for i in tokenizer.encode("abc")] == pieces
+
+
 def test_tokenizers_that_cannot_be_built_are_named(tmp_path):
     for about, message in (
         ({"x": 1}, "no metadata 'tokenizer.ggml.tokens'"),
@@ -401,7 +419,7 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 def test_smollm2_knows_the_capital_of_france():
     file = read_gguf(smollm2())
     tokenizer, template = gguf_tokenizer(file), gguf_chat_template(file)
-    config, params = load_gguf(file.path)
+    config, params = load_gguf(file)
     assert tokenizer.unused_tokens(config.vocab_size) == ()
     prompt_BP = jnp.asarray(template.encode(tokenizer, QUESTION, add_generation_prompt=True).ids)[None]
     out = generate(
@@ -441,7 +459,7 @@ def test_smollm2_is_the_model_that_transformers_reads():
     model = transformers.AutoModelForCausalLM.from_pretrained(file.path.parent, gguf_file=file.path.name)
     with torch.no_grad():
         expected = torch.log_softmax(model(torch.tensor([ids])).logits.double(), -1)[0].numpy()
-    config, params = load_gguf(file.path)
+    config, params = load_gguf(file)
     ours = np.asarray(jax.nn.log_softmax(logits(config, params, np.asarray([ids])), axis=-1))[0]
     place = np.arange(len(ids) - 1)
     np.testing.assert_allclose(ours[place, ids[1:]], expected[place, ids[1:]], rtol=0, atol=1e-4)

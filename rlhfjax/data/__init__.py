@@ -1,6 +1,13 @@
 """Text on the host: tokenizers, chat templates, datasets, packing, preference pairs. NumPy only, no jax."""
 
-from rlhfjax.data.chat import CHATML, ChatTemplate, EncodedChat, end_of_turn, load_chat_template
+from rlhfjax.data.chat import (
+    CHATML,
+    ChatTemplate,
+    EncodedChat,
+    end_of_turn,
+    load_chat_template,
+    save_tokenizer,
+)
 from rlhfjax.data.conversations import (
     ChatPair,
     Conversation,
@@ -69,6 +76,7 @@ __all__ = [
     "read_preferences",
     "read_prompts",
     "same_pairs",
+    "save_tokenizer",
     "train_bpe",
     "write_preferences",
 ]

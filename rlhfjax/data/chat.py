@@ -25,7 +25,15 @@ import numpy as np
 from rlhfjax.data.pretrained_tokenizers import PretrainedTokenizer
 from rlhfjax.data.tokenizer_files import read_chat_template, read_special_tokens
 
-__all__ = ["CHATML", "ChatTemplate", "EncodedChat", "Message", "end_of_turn", "load_chat_template"]
+__all__ = [
+    "CHATML",
+    "ChatTemplate",
+    "EncodedChat",
+    "Message",
+    "end_of_turn",
+    "load_chat_template",
+    "save_tokenizer",
+]
 
 Message = Mapping[str, Any]
 
@@ -113,6 +121,16 @@ def load_chat_template(directory: str | Path, name: str = "default") -> ChatTemp
     No template is taken for granted: for a base model write `ChatTemplate(CHATML, tokenizer.special_tokens)`.
     """
     return ChatTemplate(read_chat_template(directory, name), read_special_tokens(directory))
+
+
+def save_tokenizer(
+    directory: str | Path, tokenizer: PretrainedTokenizer, template: ChatTemplate | None = None
+) -> None:
+    """Writes a tokenizer, and its chat template if it has one, as `load_tokenizer`, `load_chat_template` and
+    `transformers` read them."""
+    tokenizer.save(directory)
+    if template is not None:
+        (Path(directory) / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
 
 def end_of_turn(template: ChatTemplate, tokenizer: PretrainedTokenizer) -> tuple[int, ...]:
@@ -222,29 +240,33 @@ def _check_messages(messages: Sequence[Message]) -> None:
             )
 
 
-def _marked(message: Message, index: int) -> dict[str, Any]:
-    """The message with marks inside the outer white space of its content, so that a template can trim it."""
-    content, core = message["content"], message["content"].strip()
-    if not core:
-        return dict(message)
+def _marked(message: Message, index: int, core: str) -> dict[str, Any]:
+    """The message with marks around `core`, which is its content or that without its outer white space."""
+    content = message["content"]
     start = content.index(core)
     digits = "".join(_DIGITS[int(digit, 16)] for digit in f"{index:x}")
     around = f"{content[:start]}{_OPEN}{digits}{_MIDDLE}{core}{_CLOSE}{content[start + len(core) :]}"
-    return {**message, "content": around}
+    return {**message, "content": around if core else content}
 
 
 def _content_spans(
     template: ChatTemplate, messages: Sequence[Message], add_generation_prompt: bool, text: str
 ) -> list[_Span] | None:
-    """Where contents lie in `text`, outer white space apart; None for a template that rewrites them."""
-    marked = [_marked(message, i) for i, message in enumerate(messages)]
-    try:
-        spans = _mark_spans(_render(template, marked, add_generation_prompt), text)
-    except ValueError:  # a template that looks into contents and does not expect marks
-        return None
-    if spans is None or any(text[s.start : s.end] != messages[s.index]["content"].strip() for s in spans):
-        return None
-    return spans
+    """Where contents lie in `text`; None for a template that rewrites them.
+
+    Of a template that trims contents, their outer white space is left out."""
+    whole = [message["content"] for message in messages]
+    for cores in (whole, [content.strip() for content in whole]):
+        marked = [
+            _marked(message, i, core) for i, (message, core) in enumerate(zip(messages, cores, strict=True))
+        ]
+        try:
+            spans = _mark_spans(_render(template, marked, add_generation_prompt), text)
+        except ValueError:  # a template that looks into contents and does not expect marks
+            continue
+        if spans is not None and all(text[s.start : s.end] == cores[s.index] for s in spans):
+            return spans
+    return None
 
 
 def _said_spans(
@@ -291,6 +313,12 @@ def _special_spans(
 ) -> list[tuple[int, int]]:
     """Where the template itself wrote special tokens."""
     pattern = _special_pattern(tokenizer)
+    for i, message in enumerate(messages):
+        others = {field: x for field, x in message.items() if field != "content"}
+        if found := pattern.search(json.dumps(others, ensure_ascii=False, default=str)):
+            raise ValueError(
+                f"message {i} holds the text {found.group()!r} of a special token outside its content"
+            )
     if contents is None:
         for i, message in enumerate(messages):
             if found := pattern.search(message["content"]):

@@ -126,14 +126,7 @@ def pack(
                 f"sequence {i} has {size} tokens; a row of length {length} takes 2 to {length + 1}"
             )
     rows = _best_fit_decreasing(sizes, length + 1)
-    shape = (len(rows), length)
-    packed = Packed(
-        token_RT=np.full((len(rows), length + 1), pad_id, np.int32),
-        segment_RT=np.zeros(shape, np.int32),
-        position_RT=np.zeros(shape, np.int32),
-        prompt_RT=np.zeros(shape, bool),
-        completion_RT=np.zeros(shape, bool),
-    )
+    packed = _empty(len(rows), length, pad_id)
     for r, members in enumerate(rows):
         start = 0
         for segment, i in enumerate(members, 1):
@@ -185,6 +178,17 @@ def _best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
         if room > sizes[i]:
             insort(open_rows, (room - sizes[i], row))
     return rows
+
+
+def _empty(rows: int, length: int, pad_id: int) -> Packed:
+    shape = (rows, length)
+    return Packed(
+        token_RT=np.full((rows, length + 1), pad_id, np.int32),
+        segment_RT=np.zeros(shape, np.int32),
+        position_RT=np.zeros(shape, np.int32),
+        prompt_RT=np.zeros(shape, bool),
+        completion_RT=np.zeros(shape, bool),
+    )
 
 
 def _write(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhfjax.data.tokenizer_files import read_special_tokens, read_stop_ids
+from rlhfjax.data.tokenizer_files import read_special_tokens, read_stop_ids, update_object
 from rlhfjax.data.tokenizers import bytes_of_characters, check_id, tokenizers_library
 
 __all__ = ["PretrainedTokenizer", "load_tokenizer"]
@@ -59,8 +59,8 @@ class PretrainedTokenizer:
         flagged = {token.content: i for i, token in added.items() if token.special}
         # Text -> id of all tokens that text must not make.
         self.special_texts: dict[str, int] = flagged | {special_tokens[role]: i for role, i in ids.items()}
-        self._renamed = _rename_specials(inner, self.special_texts)
-        self._inner = _from_renamed(self._renamed, self.special_texts)
+        self._source: str = inner.to_str()
+        self._inner = _with_renamed_specials(self._source, self.special_texts)
         self._inner.encode_special_tokens = True  # not even private names are made from text
         self._byte_level, self._bytes = _vocabulary(inner, silent=set(self.special_texts.values()))
         self.vocab_size: int = len(self._bytes)
@@ -128,13 +128,27 @@ class PretrainedTokenizer:
         used = set(self._inner.get_vocab(with_added_tokens=True).values())
         return tuple(i for i in range(vocab_size) if i not in used)
 
+    def save(self, directory: str | Path) -> None:
+        """Writes `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`, as `transformers` reads them.
+
+        What the last two hold besides special tokens and stop ids is left as it is.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "tokenizer.json").write_text(self._source, encoding="utf-8")
+        roles = {f"{role}_token": text for role, text in self.special_tokens.items()}
+        update_object(
+            directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
+        )
+        update_object(directory / "generation_config.json", {"eos_token_id": list(self.stop_ids)})
+
     @cached_property
     def _index(self) -> dict[str, int]:
         return {text: index for index, text in enumerate(self.special_texts)}
 
     @cached_property
     def _chat_inner(self) -> Any:
-        return _from_renamed(self._renamed, self.special_texts)
+        return _with_renamed_specials(self._source, self.special_texts)
 
 
 def load_tokenizer(
@@ -190,8 +204,8 @@ def _private_name(index: int, length: int) -> str:
     return chr(_PRIVATE + index) * length
 
 
-def _rename_specials(inner: Any, texts: Mapping[str, int]) -> str:
-    """The tokenizer as JSON, each special token renamed to as many private-use characters.
+def _with_renamed_specials(source: str, texts: Mapping[str, int]) -> Any:
+    """The tokenizer of a `tokenizer.json`, each special token renamed to as many private-use characters.
 
     The names cannot stand in text by accident, so the library finds special tokens where they are meant alone, with
     all that it does about them (white space, what is put before a text) unchanged.
@@ -201,7 +215,7 @@ def _rename_specials(inner: Any, texts: Mapping[str, int]) -> str:
             f"the tokenizer has {len(texts)} special tokens, more than {_PRIVATE_END - _PRIVATE}"
         )
     names = {text: _private_name(index, len(text)) for index, text in enumerate(texts)}
-    raw = json.loads(inner.to_str())
+    raw = json.loads(source)
     raw["post_processor"] = None  # it would cut the white space off the offsets
     raw["truncation"] = raw["padding"] = None
     added = {token["content"]: token for token in raw["added_tokens"]}
@@ -218,13 +232,9 @@ def _rename_specials(inner: Any, texts: Mapping[str, int]) -> str:
         model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
     else:  # Unigram
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    return json.dumps(raw, ensure_ascii=False)
-
-
-def _from_renamed(renamed: str, texts: Mapping[str, int]) -> Any:
-    inner = tokenizers_library().Tokenizer.from_str(renamed)
-    for index, (text, token_id) in enumerate(texts.items()):
-        found = inner.token_to_id(_private_name(index, len(text)))
+    inner = tokenizers_library().Tokenizer.from_str(json.dumps(raw, ensure_ascii=False))
+    for text, token_id in texts.items():
+        found = inner.token_to_id(names[text])
         if found != token_id:
             raise ValueError(f"the special token {text!r} has id {token_id} and is read back as {found}")
     return inner

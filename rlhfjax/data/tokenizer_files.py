@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_chat_template", "read_special_tokens", "read_stop_ids"]
+__all__ = ["read_chat_template", "read_special_tokens", "read_stop_ids", "update_object"]
 
 # Roles of special tokens, which the files call "eos_token" and so on.
 ROLES = ("bos", "eos", "pad", "unk")
@@ -52,6 +52,12 @@ def read_chat_template(directory: str | Path, name: str = "default") -> str:
             "pass one by intent, such as ChatTemplate(CHATML, ...)"
         )
     return found[name]
+
+
+def update_object(file: Path, entries: dict[str, Any]) -> None:
+    """Writes entries into the object of a JSON file, which need not be there yet."""
+    text = json.dumps(_read_object(file) | entries, indent=2, sort_keys=True, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _chat_templates(directory: Path) -> dict[str, str]:

@@ -6,12 +6,14 @@ Weights are dequantised when they are loaded: a model takes as much memory as an
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -98,17 +100,37 @@ def read_gguf(path: str | Path) -> GGUF:
     return GGUF(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
-def load_gguf(path: str | Path, *, dtype: str = "float32") -> tuple[Decoder, dict]:
-    """Reads a model: (config, params), weights dequantised to `dtype` (float32 or bfloat16).
+def load_gguf(
+    source: str | Path | GGUF,
+    *,
+    dtype: str = "float32",
+    compute_dtype: str | None = None,
+    max_positions: int | None = None,
+) -> tuple[Decoder, dict]:
+    """Reads a model: (config, params), its weights dequantised.
 
-    Architectures: llama (Llama, Mistral, SmolLM), qwen2, qwen3. Raises as `read_gguf` does, and ValueError for another
-    architecture, a quantisation that cannot be undone, and missing, surplus or misshapen tensors; each is named.
+    Architectures: llama (Llama, Mistral, SmolLM), qwen2, qwen3. One tensor at a time is dequantised in host memory.
+
+    Args:
+      source: a path, or a file that is open already.
+      dtype: of the params: "float32" or "bfloat16".
+      compute_dtype: `dtype` of the config; None: the default, "float32".
+      max_positions: the longest context that will be used, at most that of the file; None: that.
+
+    Raises as `read_gguf` does, and ValueError for another architecture, a quantisation that cannot be undone, and
+    missing, surplus or misshapen tensors; each is named.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f'dtype must be "float32" or "bfloat16", it is {dtype!r}')
-    gguf = read_gguf(path)
+    gguf = source if isinstance(source, GGUF) else read_gguf(source)
     config = _decoder_config(gguf)
-    return config, _params(gguf, config, dtype)
+    params = _params(gguf, config, dtype)
+    if max_positions is not None and not 1 <= max_positions <= config.max_positions:
+        raise ValueError(f"max_positions={max_positions} must lie in [1, {config.max_positions}], the file's")
+    config = dataclasses.replace(
+        config, dtype=compute_dtype or config.dtype, max_positions=max_positions or config.max_positions
+    )
+    return config, params
 
 
 def gguf_tokenizer(gguf: GGUF) -> PretrainedTokenizer:
@@ -127,12 +149,16 @@ def gguf_chat_template(gguf: GGUF) -> ChatTemplate:
 
 def _gguf_library() -> Any:
     if find_spec("gguf") is None:
-        raise ModuleNotFoundError('GGUF files need the gguf package: pip install "rlhfjax[gguf]"')
+        raise ModuleNotFoundError('GGUF files need the gguf package: pip install "rlhfjax[chat]"')
     return import_module("gguf")
 
 
+def _architecture(gguf: GGUF) -> str:
+    return gguf.value("general.architecture")
+
+
 def _decoder_config(gguf: GGUF) -> Decoder:
-    family = gguf.value("general.architecture")
+    family = _architecture(gguf)
     if family not in ARCHITECTURES:
         raise ValueError(
             f"{gguf.path} is a model of architecture {family!r}; only {', '.join(ARCHITECTURES)} can be read"
@@ -194,7 +220,6 @@ def _rope_scaling(gguf: GGUF, family: str) -> RopeScaling:
 
 def _params(gguf: GGUF, config: Decoder, dtype: str) -> dict:
     left = set(gguf.tensors) - set(_IGNORED)
-    rotated = gguf.value("general.architecture") == "llama"  # the one whose rows llama.cpp reorders
 
     def take(name: str, *shape: int) -> np.ndarray:
         if gguf.shape(name) != shape:
@@ -204,41 +229,45 @@ def _params(gguf: GGUF, config: Decoder, dtype: str) -> dict:
         left.discard(name)
         return gguf.array(name)
 
-    def given(array: np.ndarray) -> Any:
-        return jnp.asarray(array, dtype)
+    # Only the architecture "llama" has the rows of query and key reordered.
+    heads = {"query": config.heads, "key": config.kv_heads} if _architecture(gguf) == "llama" else {}
+    params = {
+        "embedding": take("token_embd.weight", config.vocab_size, config.width),
+        "final_norm": {"scale": take("output_norm.weight", config.width)},
+    }
+    if not config.tie_embeddings:
+        params["unembedding"] = take("output.weight", config.vocab_size, config.width)
+    # Array by array, so that one tensor alone stands in host memory beside its quantised form.
+    params = jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
+    for i in range(config.layers):
+        params[f"layer_{i}"] = _layer(config, f"blk.{i}", take, heads, dtype)
+    if left:
+        raise ValueError(f"{gguf.path} has tensors that a model of this kind does not: {sorted(left)[:5]}")
+    return params
 
+
+def _layer(
+    config: Decoder, prefix: str, take: Callable[..., np.ndarray], heads: Mapping[str, int], dtype: str
+) -> dict[str, Any]:
     width, queries, keys = config.width, config.heads * config.head_size, config.kv_heads * config.head_size
     rows = {"query": queries, "key": keys, "value": keys, "output": width}
     rows |= {"gate": config.mlp_width, "up": config.mlp_width, "down": width}
     columns = {"output": queries, "down": config.mlp_width}
 
-    def layer(i: int) -> dict[str, Any]:
-        out: dict[str, Any] = {"attention": {}, "mlp": {}}
-        for (part, name), theirs in _MATRICES.items():
-            heads = {"query": config.heads, "key": config.kv_heads}.get(name) if rotated else None
-            tensor = f"blk.{i}.{theirs}"
-            matrix = take(f"{tensor}.weight", rows[name], columns.get(name, width))
-            out[part][name] = {"kernel": given(_halves(matrix, heads).T)}
-            if config.attention_bias and name in ("query", "key", "value"):
-                out[part][name]["bias"] = given(_halves(take(f"{tensor}.bias", rows[name]), heads))
-        for name, theirs in {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm"}.items():
-            out[name] = {"scale": given(take(f"blk.{i}.{theirs}.weight", width))}
-        if config.qk_norm:
-            for name, theirs in {"query_norm": "attn_q_norm", "key_norm": "attn_k_norm"}.items():
-                scale = given(take(f"blk.{i}.{theirs}.weight", config.head_size))
-                out["attention"][name] = {"scale": scale}
-        return out
+    def scale(name: str, size: int) -> dict[str, Any]:
+        return {"scale": jnp.asarray(take(f"{prefix}.{name}.weight", size), dtype)}
 
-    params = {
-        "embedding": given(take("token_embd.weight", config.vocab_size, width)),
-        "final_norm": {"scale": given(take("output_norm.weight", width))},
-        **{f"layer_{i}": layer(i) for i in range(config.layers)},
-    }
-    if not config.tie_embeddings:
-        params["unembedding"] = given(take("output.weight", config.vocab_size, width))
-    if left:
-        raise ValueError(f"{gguf.path} has tensors that a model of this kind does not: {sorted(left)[:5]}")
-    return params
+    layer: dict[str, Any] = {"attention": {}, "mlp": {}}
+    for (part, name), theirs in _MATRICES.items():
+        matrix = take(f"{prefix}.{theirs}.weight", rows[name], columns.get(name, width))
+        layer[part][name] = {"kernel": jnp.asarray(_halves(matrix, heads.get(name)).T, dtype)}
+        if config.attention_bias and name in ("query", "key", "value"):
+            bias = take(f"{prefix}.{theirs}.bias", rows[name])
+            layer[part][name]["bias"] = jnp.asarray(_halves(bias, heads.get(name)), dtype)
+    if config.qk_norm:
+        layer["attention"]["query_norm"] = scale("attn_q_norm", config.head_size)
+        layer["attention"]["key_norm"] = scale("attn_k_norm", config.head_size)
+    return layer | {"attention_norm": scale("attn_norm", width), "mlp_norm": scale("ffn_norm", width)}
 
 
 def _halves(rows: np.ndarray, heads: int | None) -> np.ndarray:
