@@ -619,12 +619,13 @@ CASES = {
     "gpt2 exact gelu, shorter": ("GPT2", GPT2 | {"activation_function": "gelu", "n_inner": 20}, 16),
     "gpt_neox": (
         "GPTNeoX",
-        NEOX | {"rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 80.0}},
+        NEOX
+        | {"attention_bias": False, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 80.0}},
         None,
     ),
     "gpt_neox not parallel": (
         "GPTNeoX",
-        NEOX | {"use_parallel_residual": False, "hidden_act": "relu", "attention_bias": False},
+        NEOX | {"use_parallel_residual": False, "hidden_act": "relu"},
         None,
     ),
     "phi3": ("Phi3", PLAIN | {"sliding_window": 5}, None),

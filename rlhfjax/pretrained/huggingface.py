@@ -75,8 +75,9 @@ def load_pretrained(
       compute_dtype: `dtype` of the config; None: the default, "float32".
       place: (path, shape) -> the sharding that an array gets, each device reading its own slice, or None: the default
         device. The path is that in params, ("layer_0", "attention", "query", "kernel").
-      max_positions: the longest context that will be used, at most that of the checkpoint; None: that. A longrope that
-        it keeps within the pretraining's context takes its short factors. Learned positions beyond it are not read.
+      max_positions: the longest context that will be used, at most that of the checkpoint; None: that. Learned
+        positions beyond it are not read. It decides on the factors of a longrope (Phi-3): the short ones where it lies
+        within the pretraining's context, else the long ones, at every length; transformers goes by the text's length.
 
     Raises FileNotFoundError for a missing file; ValueError for a damaged one, for a family, an activation, a rope
     scaling or another option that is not supported, for quantised weights, and for missing, surplus or misshapen ones;
