@@ -84,8 +84,12 @@ def test_text_never_makes_a_special_token(kind):
         assert tokenizer.decode(ids) == hostile
     # Nor does the private-use text that stands for one inside the library.
     for index, text in enumerate(tokenizer.special_texts):
-        private = tokenizer.encode(chr(0xF0000 + index) * len(text))
-        assert not set(tokenizer.special_texts.values()) - unknown & set(private)
+        private = chr(0xF0000 + index) * len(text)
+        if kind == "unigram":
+            with pytest.raises(ValueError, match=f"U.F{index:04X}"):
+                tokenizer.encode(private)
+        else:
+            assert not set(tokenizer.special_texts.values()) & set(tokenizer.encode(private))
 
 
 @EACH
@@ -106,6 +110,17 @@ def test_specials_that_are_told_are_those_the_library_finds(kind):
 def test_private_characters_that_stand_for_specials_are_refused():
     with pytest.raises(ValueError, match=r"U\+F0001"):
         TOKENIZERS["byte"].encode_chat("the \U000f0001", [])
+
+
+def test_a_special_token_of_one_character_is_not_made_from_text():
+    inner = Tokenizer.from_str(KINDS["gemma"].to_str())
+    inner.add_special_tokens(["§"])
+    tokenizer = PretrainedTokenizer(inner, ROLES)
+    special = set(tokenizer.special_texts.values())
+    assert not special & set(tokenizer.encode("a § b"))
+    index = list(tokenizer.special_texts).index("§")
+    with pytest.raises(ValueError, match=f"U.F{index:04X}"):
+        tokenizer.encode(f"a {chr(0xF0000 + index)} b")
 
 
 def test_white_space_that_a_special_token_takes_with_it_stays_so():

@@ -62,17 +62,26 @@ class PretrainedTokenizer:
         self._source: str = inner.to_str()
         self._inner = _with_renamed_specials(self._source, self.special_texts)
         self._inner.encode_special_tokens = True  # not even private names are made from text
+        # Merges never make a name of several characters; Unigram's search takes any piece of its vocabulary.
+        unigram = json.loads(self._source)["model"]["type"] == "Unigram"
+        self._pieces_are_reachable: bool = unigram or any(len(text) == 1 for text in self.special_texts)
         self._byte_level, self._bytes = _vocabulary(inner, silent=set(self.special_texts.values()))
         self.vocab_size: int = len(self._bytes)
         for token_id in self.stop_ids:
             check_id(token_id, self.vocab_size)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text; no special is added."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        """Ids of the text; no special is added. ValueError as `encode_batch`."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """`encode` of each text, on all cores.
+
+        ValueError for private-use characters that name special tokens inside, where the vocabulary could find them as
+        a piece (Unigram, or special tokens of one character)."""
+        if self._pieces_are_reachable:
+            for text in texts:
+                self._check_private(text)
         return [e.ids for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_chat(self, text: str, specials: Sequence[tuple[int, int]]) -> tuple[list[int], np.ndarray]:
@@ -81,13 +90,7 @@ class PretrainedTokenizer:
         The second result is int64 [tokens, 2]: the characters [start, end) of `text` that each token covers. Equal to
         the library's encoding of the text where all special tokens in it are listed.
         """
-        last = _PRIVATE + len(self.special_texts)
-        for character in text:
-            if _PRIVATE <= ord(character) < last:
-                raise ValueError(
-                    f"the text holds the private-use character U+{ord(character):X}, which stands for a special "
-                    "token here; take it out of the text"
-                )
+        self._check_private(text)
         characters = list(text)
         for start, end in specials:
             characters[start:end] = _private_name(self._index[text[start:end]], end - start)
@@ -141,6 +144,15 @@ class PretrainedTokenizer:
             directory / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | roles
         )
         update_object(directory / "generation_config.json", {"eos_token_id": list(self.stop_ids)})
+
+    def _check_private(self, text: str) -> None:
+        last = _PRIVATE + len(self.special_texts)
+        for character in text:
+            if _PRIVATE <= ord(character) < last:
+                raise ValueError(
+                    f"the text holds the private-use character U+{ord(character):X}, which stands for a special "
+                    "token here; take it out of the text"
+                )
 
     @cached_property
     def _index(self) -> dict[str, int]:
