@@ -37,7 +37,7 @@ def run(config: Config, folder) -> dict[str, float]:
 
     loaded = text.open_text(config.text)
     train = loaded.load("train")
-    sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed)
+    sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed, finetuned=config.sft.steps > 0)
     policy.check(config.ppo, len(rl_rows))
     heldout = loaded.load("validation")  # early: a missing split should not cost the training
     reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)

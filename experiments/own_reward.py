@@ -39,7 +39,7 @@ def run(config: Config, folder) -> dict[str, float]:
     name, stage = config.algorithm, getattr(config, config.algorithm)
     loaded = text.open_text(config.text)
     train = loaded.load("train")
-    sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed)
+    sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed, finetuned=config.sft.steps > 0)
     policy.check(stage, len(rl_rows))
     heldout = loaded.load("validation")  # early: a missing split should not cost the training
     with host_reward.open_pool(config) as pool:  # early too: so should no reward that cannot be found

@@ -36,7 +36,7 @@ def run(config: Config, folder) -> dict[str, float]:
 
     loaded = text.open_text(config.text)
     train = loaded.load("train")
-    sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed)
+    sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed, finetuned=config.sft.steps > 0)
     grid = many.make_grid(config.ppo, config.vary, config.seeds, folder.seed)
     many.check_grid(config.ppo, grid, len(rl_rows))
     reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)

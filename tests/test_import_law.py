@@ -38,7 +38,7 @@ MAY_IMPORT = {
     **dict.fromkeys(["checkpoint", "mesh"], {"config"}),
     **dict.fromkeys(["algorithms", "networks", "environments", "rewards", "data"], PURE),
     "generation": PURE | {"networks"},  # it drives a network's apply and cache
-    "pretrained": PURE | {"networks", "data"},
+    "pretrained": PURE | {"networks", "data", "generation"},  # it answers, to be tried
     "recipes": (ROOMS - {"recipes"}) | {"config", "mesh", "checkpoint"},
 }
 # Libraries that one file alone may import.

@@ -12,7 +12,17 @@ import pytest
 from compiling import compiled
 from tiny_text import WORDS, write_base, write_pairs
 
-from experiments.stages import configs, evaluation, methods, offline, policy, preferences, ratings, text
+from experiments.stages import (
+    configs,
+    evaluation,
+    methods,
+    offline,
+    policy,
+    preferences,
+    prepare,
+    ratings,
+    text,
+)
 from rlhfjax import run_folder
 from rlhfjax.config import ILQL, Optimizer, SoftQ
 from rlhfjax.generation import Sampling, generate, sample_keys
@@ -46,14 +56,14 @@ def folder_at(path) -> run_folder.RunFolder:
 
 
 def test_pairs_that_do_not_fit_are_left_out(loaded, train):
-    assert len(train) == len(train.prompts) == len(train.references) == len(train.encoded.prompts)
-    assert len(train) + train.encoded.dropped == 48
+    assert len(train) == len(train.prompts) == len(train.references) == len(train.ids)
+    assert len(train) + train.dropped == 48
     assert set(" ".join(train.prompts).split()) == set(WORDS)
     short = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, prompt_length=7))
     fewer = short.load("train")
-    assert fewer.encoded.dropped > 0
+    assert fewer.dropped > 0
     assert all(prompt in train.prompts for prompt in fewer.prompts)
-    for prompt, ids in zip(fewer.prompts, fewer.encoded.prompts, strict=True):
+    for prompt, ids in zip(fewer.prompts, fewer.ids, strict=True):
         assert loaded.tokenizer.decode(ids) == prompt and len(ids) <= 7
 
 
@@ -61,7 +71,7 @@ def test_a_batch_is_padded_on_the_left_and_numbered_by_its_rows(loaded, train):
     batch = loaded.batch(train, np.asarray([5, 2]))
     assert batch.index_B.tolist() == [5, 2] and batch.token_BP.shape == (2, 10)
     for row, token, mask in zip((5, 2), batch.token_BP, batch.mask_BP, strict=True):
-        assert token[mask].tolist() == train.encoded.prompts[row]
+        assert token[mask].tolist() == train.ids[row]
         assert mask[-1] and (np.diff(mask.astype(int)) >= 0).all()
         assert token[-1] == loaded.tokenizer.sep_id
 
@@ -134,7 +144,7 @@ def test_preferences_need_both_parts(loaded, train, tmp_path):
             ValueError, match=f"preferences ask for {prompts} prompts, {heldout} of them held out"
         ):
             preferences.collect_preferences(
-                config, loaded, loaded.base, train, np.arange(6), folder_at(tmp_path / "a")
+                config, loaded, loaded.base, train, np.arange(6), never, folder_at(tmp_path / "a")
             )
         (tmp_path / "a" / "config.yaml").unlink()
         (tmp_path / "a").rename(tmp_path / f"{prompts}-{heldout}")
@@ -143,7 +153,8 @@ def test_preferences_need_both_parts(loaded, train, tmp_path):
 def test_preferences_are_kept_and_read_back(loaded, train, tmp_path):
     folder, config = folder_at(tmp_path / "run"), configs.PreferenceStage(prompts=6, heldout=2, samples=3)
     rows = np.asarray([7, 1, 3, 9, 0, 8, 4])
-    judged = preferences.collect_preferences(config, loaded, loaded.base, train, rows, folder)
+    gold = prepare.rouge_of(train)
+    judged = preferences.collect_preferences(config, loaded, loaded.base, train, rows, gold, folder)
     assert judged.trained == 4 and judged.row_B.tolist() == rows[:6].tolist()
     assert judged.token_BGC.shape == (6, 3, 6) and judged.preferences.label_BK.shape == (6, 3)
     texts = loaded.decode(judged.token_BGC, judged.mask_BGC)
@@ -151,7 +162,7 @@ def test_preferences_are_kept_and_read_back(loaded, train, tmp_path):
         for k, (first, second) in enumerate([(0, 1), (0, 2), (1, 2)]):
             assert (judged.preferences.first_K[k], judged.preferences.second_K[k]) == (first, second)
             assert judged.preferences.mask_BK[b, k] == (texts[b][first] != texts[b][second])
-    stored = preferences.collect_preferences(config, loaded, {}, train, rows, folder)
+    stored = preferences.collect_preferences(config, loaded, {}, train, rows, never, folder)
     for one, other in zip(jax.tree.leaves(vars(judged)), jax.tree.leaves(vars(stored)), strict=True):
         np.testing.assert_array_equal(one, other)
     samples = run_folder.read_lines(folder.path / "samples.jsonl")
@@ -279,7 +290,7 @@ def test_every_policy_is_measured_on_the_same_prompts(measured):
 
 
 def test_kl_is_that_of_plain_forwards(measured, loaded):
-    found, prompts = measured.found, loaded.load("validation").encoded.prompts
+    found, prompts = measured.found, loaded.load("validation").ids
     for label, params, out in zip(
         ("sft", "ppo"), (loaded.base, measured.tuned), measured.generations, strict=True
     ):
@@ -386,7 +397,8 @@ def mean_over_tokens(x_BG, mask_BGC) -> float:
 def judged(loaded, train, tmp_path_factory) -> preferences.Judged:
     config = configs.PreferenceStage(prompts=6, heldout=2, samples=3)
     folder = folder_at(tmp_path_factory.mktemp("judged") / "run")
-    return preferences.collect_preferences(config, loaded, loaded.base, train, np.arange(9), folder)
+    gold = prepare.rouge_of(train)
+    return preferences.collect_preferences(config, loaded, loaded.base, train, np.arange(9), gold, folder)
 
 
 def never(*_):
@@ -522,7 +534,7 @@ def test_guided_at_beta_0_is_the_reference(guided_policies):
 
 def test_the_kl_of_a_guided_policy_is_that_of_its_distribution(guided_policies, loaded):
     """The weight is reward per nat at the temperature: logits / T + advantage / weight, from plain forwards."""
-    prompts = loaded.load("validation").encoded.prompts
+    prompts = loaded.load("validation").ids
     values = guided_policies.writer.params["guide"]
     for label, out, weight in (
         ("ilql", guided_policies.generations[2], 0.4),

@@ -1,8 +1,9 @@
 """Settings of the stages. No jax here, so that `--help` answers at once."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from rlhfjax.config import DPO, GRPO, ILQL, PPO, SFT, Optimizer, RewardModel, SoftQ
+from rlhfjax.config import DPO, GRPO, ILQL, PPO, SFT, LoRA, Optimizer, RewardModel, SoftQ
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,30 @@ class Text:
     completion_field: str = "summary"
     """Field of the rows that is the reference completion."""
     base: str = "experiments/assets/base"
-    """Folder of the base model: config.json, model.safetensors, tokenizer.json."""
+    """The base model: a folder in the Hugging Face layout, a .gguf file, package:NAME (an installed package that holds
+    one), or OWNER/NAME on the Hugging Face Hub."""
+    chat: bool = False
+    """Whether prompts are conversations, rendered by the base's chat template. The rows then hold `prompt` (messages,
+    or what the user says), and for fine-tuning `completion` too, or `messages`; prompt_field and completion_field are
+    not read."""
+    system: str | None = None
+    """System message put before conversations that have none; none: what the template says by itself."""
+    trained: Literal["all", "lora"] = "all"
+    """What is trained: the whole model, or LoRA adapters on the frozen base, which policy, reference, critic and reward
+    model then share."""
+    lora: LoRA = field(default_factory=LoRA)
+    """Of the adapters, where they are trained."""
+    base_bits: Literal[32, 16, 8, 4] = 32
+    """Of the base's numbers. Below 32 only where adapters are trained; 8 and 4 hold its projections quantised."""
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Type that the model computes in."""
     prompt_length: int = 64
     """Most tokens of a prompt, separator included; longer pairs are left out, and counted."""
     completion_length: int = 24
     """Most tokens of a completion, end included; also the most that a policy may generate."""
     sft_share: float = 0.5
-    """Share of the training rows that fine-tuning sees; preferences and prompts of PPO come from the rest."""
+    """Share of the training rows that fine-tuning sees; preferences and prompts of PPO come from the rest. Without a
+    step of fine-tuning they come from all."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +48,13 @@ class SFTStage:
     """Supervised fine-tuning on packed rows."""
 
     steps: int = 256
-    """Optimiser steps."""
+    """Optimiser steps; 0: the base as it is."""
     rows: int = 16
     """Packed rows in a step."""
     length: int = 128
     """Tokens in a row."""
     prompt_weight: float = 0.3
-    """Loss weight of prompt tokens; completion tokens weigh 1."""
+    """Loss weight of prompt tokens, in a conversation of all that the assistant does not say; completions weigh 1."""
     algorithm: SFT = field(default_factory=SFT)
     optimizer: Optimizer = field(
         default_factory=lambda: Optimizer(

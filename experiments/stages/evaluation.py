@@ -14,15 +14,12 @@ import numpy as np
 
 from experiments.loop import run_once
 from experiments.stages.configs import EvaluationStage as Config
-from experiments.stages.preferences import BRANCHES, column_groups, sample_policy
+from experiments.stages.preferences import BRANCHES, Gold, column_groups, sample_policy
 from experiments.stages.text import Examples, Text, Writer
 from rlhfjax.networks import Branches, LanguageModel
 from rlhfjax.recipes import completion_logp
 from rlhfjax.report import Interval, bootstrap_interval, paired_difference_interval
 from rlhfjax.run_folder import RunFolder
-
-# gold(rows, texts [B][G]) -> [B, G]
-Gold = Callable[[np.ndarray, list[list[str]]], np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from experiments.loop import Show, run_stage
 from experiments.stages.configs import SFTStage as Config
 from experiments.stages.text import Examples, Text
 from rlhfjax.algorithms import Algorithm, make_optimizer, sft
-from rlhfjax.data import batch_indices, pack
+from rlhfjax.data import batch_indices
 from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import PackedInputs, packed_logp
 from rlhfjax.run_folder import RunFolder
@@ -16,13 +16,13 @@ from rlhfjax.run_folder import RunFolder
 
 def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, folder: RunFolder) -> dict:
     """Fine-tunes the base model on the examples numbered `rows`; returns the parameters that were trained."""
-    encoded = examples.encoded
-    packed = pack(
-        [encoded.prompts[i] for i in rows],
-        [encoded.completions[i] for i in rows],
-        length=config.length,
-        pad_id=text.tokenizer.pad_id,
-    )
+
+    def start() -> dict:
+        return text.start(jax.random.fold_in(jax.random.key(folder.seed), 9))
+
+    if config.steps == 0:
+        return start()
+    packed = text.pack(examples, rows, config.length)
     optimizer = make_optimizer(config.optimizer, config.steps)
 
     def algorithm(lm: LanguageModel) -> Algorithm:
@@ -45,7 +45,7 @@ def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, f
     state = run_stage(
         "sft",
         folder=folder,
-        init=lambda: algorithm(text.lm).init(text.start(jax.random.fold_in(jax.random.key(folder.seed), 9))),
+        init=lambda: algorithm(text.lm).init(start()),
         step=step,
         batch=batch,
         steps=config.steps,

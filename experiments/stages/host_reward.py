@@ -16,8 +16,8 @@ from experiments.loop import Show, run_stage
 from experiments.options import did_you_mean
 from experiments.stages import policy
 from experiments.stages.configs import GRPOStage, HostRewards, PPOStage
-from experiments.stages.evaluation import Gold
 from experiments.stages.policy import MakeLearner, Problem
+from experiments.stages.preferences import Gold
 from experiments.stages.text import Examples
 from rlhfjax.data import batch_indices
 from rlhfjax.generation import Generation

@@ -225,6 +225,7 @@ def compose(lm: LanguageModel, config: Config, learner: Learner, problem: Proble
         samples=config.samples,
         max_new_tokens=text.config.completion_length,
         stop_tokens=text.stop_tokens,
+        banned_tokens=text.unused_tokens,
         temperature=config.temperature,
         missing_eos_penalty=config.missing_eos_penalty,
         greedy=_greedy(config),

@@ -1,6 +1,6 @@
 """Samples of the fine-tuned policy, and a noisy judge's preferences among them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -14,8 +14,10 @@ from rlhfjax.data import Preferences, accuracy_ceiling, draw_preferences, same_p
 from rlhfjax.generation import Sampling, generate, sample_keys
 from rlhfjax.networks import Branches, LanguageModel
 from rlhfjax.recipes import Prompts
-from rlhfjax.rewards import rouge_l
 from rlhfjax.run_folder import RunFolder
+
+# gold(rows, texts [B][G]) -> [B, G]
+Gold = Callable[[np.ndarray, list[list[str]]], np.ndarray]
 
 BATCH = 64  # prompts decoded at once
 BRANCHES = 5  # completions of a prompt that share a row
@@ -51,6 +53,7 @@ def sample_policy(
     """One completion per prompt and temperature, [B, G]: the arrays of `Generation`, on the host."""
     samples = len(temperatures)
     width = min(samples, BRANCHES)
+    banned = jnp.asarray(text.unused_tokens, jnp.int32) if text.unused_tokens else None
 
     def sampler(lm: LanguageModel):
         def run(params, prompts: Prompts, key, columns, temperatures):
@@ -62,7 +65,7 @@ def sample_policy(
                 sample_keys(key, prompts.index_B, samples)[:, columns],
                 max_new_tokens=text.config.completion_length,
                 stop_tokens=text.stop_tokens,
-                sampling=Sampling(jnp.tile(temperatures, batch)),
+                sampling=Sampling(jnp.tile(temperatures, batch), banned_tokens=banned),
             )
 
         return run
@@ -91,18 +94,6 @@ def column_groups(samples: int) -> list[np.ndarray]:
     return [np.arange(start, min(start + BRANCHES, samples)) for start in range(0, samples, BRANCHES)]
 
 
-def gold_scores(
-    text: Text, examples: Examples, rows: np.ndarray, out: Mapping[str, np.ndarray]
-) -> tuple[list[list[str]], np.ndarray]:
-    """Texts of completions and their ROUGE-L against the real summaries, [B, G] float64."""
-    texts = text.decode(out["token_BGC"], out["mask_BGC"])
-    gold = [
-        [rouge_l(completion, examples.references[row]) for completion in completions]
-        for row, completions in zip(rows, texts, strict=True)
-    ]
-    return texts, np.asarray(gold)
-
-
 def check(config: Config, available: int) -> None:
     """Raises ValueError where `available` prompts are too few, or one part of them is empty."""
     if not 0 < config.heldout < config.prompts or config.prompts > available:
@@ -113,9 +104,16 @@ def check(config: Config, available: int) -> None:
 
 
 def collect_preferences(
-    config: Config, text: Text, policy: dict, examples: Examples, rows: np.ndarray, folder: RunFolder
+    config: Config,
+    text: Text,
+    policy: dict,
+    examples: Examples,
+    rows: np.ndarray,
+    gold: Gold,
+    folder: RunFolder,
 ) -> Judged:
-    """Samples the policy on the first prompts of `rows` and draws a label for every pair of samples."""
+    """Samples the policy on the first prompts of `rows` and draws a label for every pair of samples, by their gold
+    scores."""
     check(config, len(rows))
     rows = rows[: config.prompts]
 
@@ -123,15 +121,16 @@ def collect_preferences(
         key = jax.random.fold_in(jax.random.key(folder.seed), 2)
         temperatures = np.full(config.samples, config.sampling_temperature)
         out = sample_policy(text, Writer(policy), examples, rows, key, temperatures=temperatures)
-        texts, gold = gold_scores(text, examples, rows, out)
+        texts = text.decode(out["token_BGC"], out["mask_BGC"])
+        gold_BG = np.asarray(gold(rows, texts), np.float64)
         preferences = draw_preferences(
-            gold, temperature=config.label_temperature, seed=folder.seed, same_BK=same_pairs(texts)
+            gold_BG, temperature=config.label_temperature, seed=folder.seed, same_BK=same_pairs(texts)
         )
-        arrays = {"token": out["token_BGC"], "mask": out["mask_BGC"], "gold": gold}
+        arrays = {"token": out["token_BGC"], "mask": out["mask_BGC"], "gold": gold_BG}
         arrays |= {"label": preferences.label_BK, "counts": preferences.mask_BK}
         arrays |= {"probability": preferences.probability_BK}
         metrics = {
-            "gold/mean": float(gold.mean()),
+            "gold/mean": float(gold_BG.mean()),
             "pairs": int(preferences.mask_BK.sum()),
             "pair/accuracy_ceiling": accuracy_ceiling(preferences),
             "completions/finished": float(out["finished_BG"].mean()),
@@ -141,7 +140,7 @@ def collect_preferences(
                 "prompt": examples.prompts[rows[i]],
                 "reference": examples.references[rows[i]],
                 "completion": texts[i][0],
-                "gold": float(gold[i, 0]),
+                "gold": float(gold_BG[i, 0]),
             }
             for i in range(min(16, len(rows)))
         ]

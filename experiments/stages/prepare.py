@@ -9,9 +9,8 @@ import numpy as np
 from experiments.stages import finetune, methods, preferences, ratings, reward, text
 from experiments.stages.configs import EvaluationStage, PreferenceStage, RatingStage, RewardStage, SFTStage
 from experiments.stages.configs import Text as TextConfig
-from experiments.stages.evaluation import Gold
 from experiments.stages.policy import Problem
-from experiments.stages.preferences import Judged
+from experiments.stages.preferences import Gold, Judged
 from experiments.stages.ratings import Rated
 from experiments.stages.reward import Learned
 from experiments.stages.text import Examples, Writer
@@ -60,11 +59,16 @@ def prepare(
     evaluation: EvaluationStage,
     chosen: Mapping[str, methods.Stage],
     folder: RunFolder,
+    gold_of: Callable[[Examples], Gold] | None = None,
 ) -> Prepared:
-    """Runs the stages before policy optimisation. The settings of the methods to come, `chosen`, are checked first."""
+    """Runs the stages before policy optimisation. The settings of the methods to come, `chosen`, are checked first.
+
+    `gold_of` gives the scorer that the judge goes by; None: ROUGE-L against the completions of the data.
+    """
+    gold_of = gold_of or rouge_of
     loaded = text.open_text(text_config)
     train = loaded.load("train")
-    sft_rows, rl_rows = text.divide(train, text_config.sft_share, folder.seed)
+    sft_rows, rl_rows = text.divide(train, text_config.sft_share, folder.seed, finetuned=sft.steps > 0)
     preferences.check(preference, len(rl_rows))
     judged_prompts = preference.prompts - preference.heldout
     reward.check(reward_config, judged_prompts)
@@ -78,14 +82,15 @@ def prepare(
     }  # early: a missing split should not cost the training
 
     reference = finetune.finetune(sft, loaded, train, sft_rows, folder)
-    judged = preferences.collect_preferences(preference, loaded, reference, train, rl_rows, folder)
+    gold = gold_of(train)
+    judged = preferences.collect_preferences(preference, loaded, reference, train, rl_rows, gold, folder)
     learned = reward.train_reward_model(reward_config, loaded, reference, train, judged, folder)
     score = partial(make_reward_model, pool=reward_config.pool)
-    problem = Problem(loaded, reference, score, learned.params, train, rl_rows, gold_of(train))
+    problem = Problem(loaded, reference, score, learned.params, train, rl_rows, gold)
     return Prepared(problem, judged, learned, gold_of, heldout, preference, rating, folder)
 
 
-def gold_of(examples: Examples) -> Gold:
+def rouge_of(examples: Examples) -> Gold:
     """The gold scorer of these pairs: ROUGE-L against the real summary."""
 
     def gold(rows, texts):

@@ -1,8 +1,10 @@
-"""Text in: the tokenizer, the base model, and pairs split between fine-tuning and reinforcement learning."""
+"""Text in: the tokenizer, the base model, and pairs or conversations, split between fine-tuning and reinforcement
+learning."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,24 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.assets import asset
+from experiments.stages.chats import Examples, load_chats
 from experiments.stages.configs import Text as Config
 from rlhfjax.config import LoRA
-from rlhfjax.data import BPETokenizer, Encoded, encode_pairs, load_pairs, pad_prompts
-from rlhfjax.networks import LanguageModel, adapted, decoder, init_lora
-from rlhfjax.pretrained import load_pretrained
+from rlhfjax.data import (
+    BPETokenizer,
+    ChatTemplate,
+    Packed,
+    PretrainedTokenizer,
+    encode_pairs,
+    load_pairs,
+    pack,
+    pad_prompts,
+)
+from rlhfjax.networks import LanguageModel, adapted, decoder, init_lora, quantise
+from rlhfjax.pretrained import find_model, load_pretrained, open_model
 from rlhfjax.recipes import Prompts
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Pairs that fit, as texts and as ids."""
-
-    prompts: list[str]
-    references: list[str]
-    encoded: Encoded
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Text:
     """What every stage needs to know of the text."""
 
     config: Config
-    tokenizer: BPETokenizer
+    tokenizer: BPETokenizer | PretrainedTokenizer
     lm: LanguageModel  # of whole parameters, as the base's are
     base: dict  # parameters of the base model
+    stop_tokens: tuple[int, ...]
+    unused_tokens: tuple[int, ...] = ()  # ids of the model that the tokenizer does not have
+    template: ChatTemplate | None = None  # None: prompts are plain text
     lora: LoRA | None = None  # trained are adapters on the base; None: the whole model
-
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        return (self.tokenizer.eos_id,)
+    source: Path | None = None  # where the base lies
 
     def jit(
         self, build: Callable[[LanguageModel], Callable[..., Any]], *, donate_argnums: tuple[int, ...] = ()
@@ -68,8 +68,11 @@ class Text:
         return jax.jit(partial(init_lora, config=self.lora))(key, self.base)
 
     def load(self, split: str) -> Examples:
-        """The pairs of one split that fit the configured lengths."""
+        """The pairs or conversations of one split that fit the configured lengths."""
         config = self.config
+        if self.template is not None:
+            assert isinstance(self.tokenizer, PretrainedTokenizer)
+            return load_chats(config, self.tokenizer, self.template, split)
         pairs = load_pairs(
             asset(config.data),
             split=split,
@@ -84,11 +87,34 @@ class Text:
             drop=True,
         )
         kept = [pairs[i] for i in encoded.row]
-        return Examples([pair.prompt for pair in kept], [pair.completion for pair in kept], encoded)
+        return Examples(
+            [pair.prompt for pair in kept],
+            [pair.completion for pair in kept],
+            encoded.prompts,
+            encoded.dropped,
+            completions=encoded.completions,
+        )
+
+    def pack(self, examples: Examples, rows: np.ndarray, length: int) -> Packed:
+        """The examples numbered `rows` in rows of `length` tokens, for fine-tuning.
+
+        Raises ValueError where they hold nothing to learn.
+        """
+        if examples.completions is None:
+            raise ValueError(
+                f"{self.config.data} has prompts alone and nothing to fine-tune on: give rows a completion or "
+                "messages, or ask for no step of it (--sft.steps 0)"
+            )
+        chosen = [examples.completions[i] for i in rows]
+        if examples.learnt is None:
+            prompts, masks = [examples.ids[i] for i in rows], None
+        else:
+            prompts, masks = [[] for _ in rows], [examples.learnt[i] for i in rows]
+        return pack(prompts, chosen, length=length, pad_id=self.tokenizer.pad_id, masks=masks)
 
     def batch(self, examples: Examples, index: np.ndarray) -> Prompts:
         """The prompts at `index`, padded."""
-        ids = [examples.encoded.prompts[i] for i in index]
+        ids = [examples.ids[i] for i in index]
         token, mask = pad_prompts(ids, self.config.prompt_length, self.tokenizer.pad_id)
         return Prompts(jnp.asarray(token), jnp.asarray(mask), jnp.asarray(index, jnp.int32))
 
@@ -114,27 +140,60 @@ class Writer(NamedTuple):
 
 
 def open_text(config: Config) -> Text:
-    """Loads tokenizer and base model."""
-    folder = asset(config.base)
-    shape, params = load_pretrained(folder)
-    tokenizer = BPETokenizer.load(folder / "tokenizer.json")
-    if tokenizer.vocab_size > shape.vocab_size:
+    """Loads tokenizer and base model.
+
+    Raises ValueError where the settings contradict each other or the model's size.
+    """
+    if config.trained == "all" and config.base_bits != 32:
         raise ValueError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}"
+            f'base_bits={config.base_bits} is for a base that is not trained: give trained="lora" too'
         )
-    if config.prompt_length + config.completion_length > shape.max_positions:
+    name = asset(config.base)
+    source = find_model(name if name.exists() else config.base)
+    stored = "float32" if config.base_bits == 32 else "bfloat16"
+    length = config.prompt_length + config.completion_length
+    if (source / "tokenizer.json").is_file() and not (source / "tokenizer_config.json").exists():
+        if config.chat:
+            raise ValueError(
+                f"{source} is no chat model: it has no tokenizer_config.json, and no chat template"
+            )
+        shape, params = load_pretrained(source, dtype=stored, compute_dtype=config.compute)
+        tokenizer = BPETokenizer.load(source / "tokenizer.json")
+        if tokenizer.vocab_size > shape.vocab_size:
+            raise ValueError(
+                f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}"
+            )
+        stops, unused, template = (tokenizer.eos_id,), (), None
+    else:
+        model = open_model(source, dtype=stored, compute_dtype=config.compute)
+        _, shape, params, tokenizer, template, stops, unused = model
+        if config.chat and template is None:
+            raise ValueError(
+                f"{source} has no chat template: it is no chat model; give another base, or take --no-text.chat"
+            )
+        template = template if config.chat else None
+        stops = stops if config.chat else tokenizer.stop_ids
+    if length > shape.max_positions:
         raise ValueError(
             f"prompt_length {config.prompt_length} + completion_length {config.completion_length} exceed the "
-            f"{shape.max_positions} positions of {folder}"
+            f"{shape.max_positions} positions of {source}"
         )
-    return Text(config, tokenizer, decoder(shape), params)
+    if config.base_bits in (8, 4):
+        params = jax.jit(partial(quantise, bits=config.base_bits), donate_argnums=0)(params)
+    lora = config.lora if config.trained == "lora" else None
+    return Text(config, tokenizer, decoder(shape), params, stops, unused, template, lora, source)
 
 
-def divide(examples: Examples, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers for fine-tuning (a `share` of them, drawn without replacement) and for the rest."""
+def divide(
+    examples: Examples, share: float, seed: int, *, finetuned: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers for fine-tuning (a `share` of them, drawn without replacement) and for the rest; without fine-tuning
+    none and all."""
     if not 0 < share < 1:
         raise ValueError(f"sft_share must lie between 0 and 1, got {share}")
     order = np.random.default_rng([seed, 1]).permutation(len(examples))
+    if not finetuned:
+        return order[:0], order
     cut = round(share * len(examples))
     if not 0 < cut < len(examples):
         raise ValueError(f"sft_share {share} of {len(examples)} rows leaves nothing on one side")

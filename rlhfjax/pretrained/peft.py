@@ -19,6 +19,7 @@ from rlhfjax.networks.layers import LORA_A, LORA_B, PROJECTIONS, kernel_shape, p
 from rlhfjax.pretrained.families import Family, find_family
 from rlhfjax.pretrained.families_config import choose_family
 from rlhfjax.pretrained.weights import Weight, weights_of
+from rlhfjax.pretrained.weights_files import read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # before the names that the base has
@@ -97,6 +98,20 @@ def save_peft(
         "bias": "none",
     }
     (directory / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+
+
+def adapter_base(directory: str | Path) -> str | None:
+    """The base that a folder's adapter was made for, as its adapter_config.json names it; None where there is none.
+
+    ValueError where the file names no base.
+    """
+    file = Path(directory) / CONFIG
+    if not file.is_file():
+        return None
+    name = read_json(file).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{file} names no base: fill in base_model_name_or_path")
+    return name
 
 
 def load_peft(

@@ -68,6 +68,7 @@ def make_rlhf(
     samples: int,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
+    banned_tokens: tuple[int, ...] = (),
     temperature: float = 1.0,
     missing_eos_penalty: float | None = None,
     greedy: bool = False,
@@ -83,6 +84,8 @@ def make_rlhf(
       reward: `reward(params, branches) -> float [B, G]`, or [B, G, R] for several rewards, on the device. None:
         scores come from the host, to `learn`.
       samples: completions of each prompt, G.
+      banned_tokens: ids that are never drawn: those of a padded vocabulary, which no text has. The plain distribution,
+        whose log-probabilities are learnt from, still has them.
       missing_eos_penalty: the score of a completion that no stop token ended, in place of its reward ("EOS trick",
         arXiv 2403.17031); None leaves its reward.
       greedy: one more completion of each prompt, the last, is decoded greedily, for a baseline (ReMax). It is scored,
@@ -96,11 +99,13 @@ def make_rlhf(
     """
 
     def rollout(state, prompts: Prompts, key: jax.Array) -> Generation:
-        sampling, drawn = Sampling(temperature), samples
+        banned = jnp.asarray(banned_tokens, jnp.int32) if banned_tokens else None
+        sampling, drawn = Sampling(temperature, banned_tokens=banned), samples
         if greedy:
             drawn = samples + 1
             last_G = jnp.arange(drawn) == samples
-            sampling = Sampling(jnp.tile(jnp.where(last_G, 0.0, temperature), prompts.index_B.shape[0]))
+            heat = jnp.tile(jnp.where(last_G, 0.0, temperature), prompts.index_B.shape[0])
+            sampling = sampling._replace(temperature=heat)
         roll_out = generate if slots is None else partial(generate_refilled, slots=slots)
         return roll_out(
             lm,
@@ -113,16 +118,12 @@ def make_rlhf(
             sampling=sampling,
         )
 
+    learn_from = make_learn(algorithm, as_batch, missing_eos_penalty=missing_eos_penalty, samples=samples)
+
     def learn(
         state, frozen: Frozen, prompts: Prompts, generation: Generation, score: jax.Array, key: jax.Array
     ):
-        branches = as_branches(prompts, generation)
-        batch = as_batch(
-            state, frozen, branches, generation, _penalised(score, generation, missing_eos_penalty)
-        )
-        state, metrics = algorithm.update(state, batch, key)
-        sampled = Generation(*(x[:, :samples] for x in generation))
-        return state, metrics | _completion_metrics(sampled, score[:, :samples])
+        return learn_from(state, frozen, as_branches(prompts, generation), generation, score, key)
 
     def iterate(state, frozen: Frozen, prompts: Prompts, key: jax.Array):
         if reward is None:
@@ -136,6 +137,37 @@ def make_rlhf(
         return state, metrics, Experience(as_branches(prompts, generation), generation, score_BG)
 
     return RLHF(rollout, learn, iterate)
+
+
+def make_learn(
+    algorithm: Algorithm,
+    as_batch: AsBatch,
+    *,
+    missing_eos_penalty: float | None = None,
+    samples: int | None = None,
+) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
+    """`learn(state, frozen, branches, generation, score_BG, key) -> (state, metrics)` from completions however they
+    were made, such as whole conversations (`chat_rollout`). Pure; the key is consumed.
+
+    Args:
+      samples: of each prompt, those that metrics speak of; None: all.
+
+    For the others see `make_rlhf`, whose `learn` it is. `branches` says what is seen, `generation` what is learnt from.
+    """
+
+    def learn(
+        state, frozen: Frozen, branches: Branches, generation: Generation, score: jax.Array, key: jax.Array
+    ):
+        score = jnp.asarray(score)
+        batch = as_batch(
+            state, frozen, branches, generation, _penalised(score, generation, missing_eos_penalty)
+        )
+        state, metrics = algorithm.update(state, batch, key)
+        sampled = Generation(*(x[:, :samples] for x in generation))
+        seen_BGC = branches.completion_mask_BGC[:, :samples]
+        return state, metrics | _completion_metrics(sampled, seen_BGC, score[:, :samples])
+
+    return learn
 
 
 def iterate_many(
@@ -177,7 +209,6 @@ def as_branches(prompts: Prompts, generation: Generation) -> Branches:
 
 def _penalised(score: jax.Array, generation: Generation, missing_eos_penalty: float | None) -> jax.Array:
     """The score, replaced where no stop token ended the completion; one that is not finite stays what it is."""
-    score = jnp.asarray(score)
     if missing_eos_penalty is None:
         return score
     finished = generation.finished_BG
@@ -185,7 +216,9 @@ def _penalised(score: jax.Array, generation: Generation, missing_eos_penalty: fl
     return jnp.where(finished | ~jnp.isfinite(score), score, missing_eos_penalty)
 
 
-def _completion_metrics(generation: Generation, score: jax.Array) -> dict[str, jax.Array]:
+def _completion_metrics(
+    generation: Generation, seen_BGC: jax.Array, score: jax.Array
+) -> dict[str, jax.Array]:
     """Of several rewards, "objective/score" is that of all of them alike."""
     length_BG = jnp.sum(generation.mask_BGC, axis=2, dtype=jnp.float32)
     finite = jnp.isfinite(score)
@@ -195,5 +228,5 @@ def _completion_metrics(generation: Generation, score: jax.Array) -> dict[str, j
         "objective/score_std": jnp.sqrt(masked_mean(jnp.square(score - mean), finite)),
         "completions/mean_length": jnp.mean(length_BG),
         "completions/finished": jnp.mean(generation.finished_BG.astype(jnp.float32)),
-        "completions/padding": 1.0 - jnp.mean(generation.mask_BGC.astype(jnp.float32)),
+        "completions/padding": 1.0 - jnp.mean(seen_BGC.astype(jnp.float32)),
     }

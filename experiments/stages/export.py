@@ -1,0 +1,83 @@
+"""What a run gives back: its policy and its reward model, as other programs load them."""
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments.stages.text import Text
+from rlhfjax.networks import merge_lora
+from rlhfjax.pretrained import POLICY, save_peft, save_pretrained, save_reward_model, write_model_card
+from rlhfjax.run_folder import RunFolder
+
+
+def export_policy(
+    text: Text, params: dict, folder: RunFolder, *, method: str, metrics: Mapping[str, float]
+) -> Path:
+    """Writes RUN/policy, which `python -m rlhfjax.pretrained` reads: LoRA adapters in PEFT's layout, or the whole model
+    in that of Hugging Face, with a model card. Returns the folder.
+    """
+    directory = folder.path / POLICY
+    base = _base_name(text)
+    if text.lora is None:
+        save_pretrained(directory, text.lm.config, params, dtype="bfloat16", like=_folder(text))
+    else:
+        save_peft(directory, text.lm.config, text.lora, params, base_name=base)
+    write_model_card(
+        directory,
+        name=f"{Path(base).stem} by {method}",
+        base=base,
+        method=f"{method}.",
+        data=f"Prompts of `{text.config.data}`.",
+        command=f"python experiments/run.py {' '.join(sys.argv[1:])}".strip(),
+        metrics=metrics,
+        library="transformers" if text.lora is None else "peft",
+        notes=[f"Seed {folder.seed}; the settings are those of the run's config.yaml."],
+    )
+    return directory
+
+
+def export_reward_model(text: Text, params: dict, folder: RunFolder, *, rewards: str) -> Path:
+    """Writes RUN/reward_model, a sequence classifier whose trunk is the base with the adapters merged.
+
+    Scores are those of the run less their bias, which a classifier does not have: what is preferred stays.
+    """
+    directory, trunk = folder.path / "reward_model", params["trunk"]
+    if text.lora is not None:
+        trunk = jax.jit(partial(merge_lora, config=text.lora))(text.base, trunk)
+    unbiased = params | {
+        "trunk": trunk,
+        "head": params["head"] | {"bias": jnp.zeros(())},
+        "bias": jnp.zeros(()),
+    }
+    save_reward_model(
+        directory,
+        text.lm.config,
+        unbiased,
+        pad_token_id=text.tokenizer.pad_id,
+        dtype="bfloat16",
+        like=_folder(text),
+    )
+    write_model_card(
+        directory,
+        name=f"Reward model of {rewards}",
+        base=_base_name(text),
+        method=f"A reward model of pairs labelled by {rewards}.",
+        data=f"Completions of `{text.config.data}`, sampled and labelled in the run.",
+        command=f"python experiments/run.py {' '.join(sys.argv[1:])}".strip(),
+        metrics={},
+        library="transformers",
+    )
+    return directory
+
+
+def _base_name(text: Text) -> str:
+    return text.config.base
+
+
+def _folder(text: Text) -> Path | None:
+    """The base's folder, where it is one."""
+    return text.source if text.source is not None and text.source.is_dir() else None
