@@ -8,8 +8,9 @@ bfloat16 scale of each output and group of 32 inputs: 4.5 bits for each number.
 
 Root mean square error of a kernel of normal numbers, relative to it: 0.0065 in eight bits, with 128 inputs; 0.0765 in
 four. There NF4 with the largest magnitude as the scale has 0.087, whole numbers with a minimum 0.078 and half a bit
-more, symmetric ones 0.097. What that makes of a model's predictions, `quantisation_error` tells: of a random decoder
-of 2 layers and width 128 the logits change by 1.8 % (eight bits) and 21 % (four), by KL 0.0005 and 0.06 nats a token.
+more, symmetric ones 0.097. What that makes of a model's predictions, `quantisation_error` tells. SmolLM2-135M, on 512
+tokens of English: the logits change by 4 % in eight bits and 33 % in four, by KL 0.006 and 0.35 nats a token; the
+likeliest token is the same at 95 % and 68 % of positions. Four bits cost a model this small much: measure yours.
 
 Shapes: B sequences, T positions, V vocabulary, I inputs, O outputs, G groups of inputs.
 """
