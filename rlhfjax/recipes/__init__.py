@@ -9,6 +9,7 @@ from rlhfjax.recipes.batches import (
     ppo_batch,
     text_policy,
 )
+from rlhfjax.recipes.chats import ChatRollout, Chats, chat_generate, chat_rollout
 from rlhfjax.recipes.games import Played, best_games, cut_games, game_episodes, play_games
 from rlhfjax.recipes.host import HostIteration, Iteration, host_iteration, host_iterations
 from rlhfjax.recipes.preference import (
@@ -26,7 +27,7 @@ from rlhfjax.recipes.reward_model import (
     make_process_reward_model,
     make_reward_model,
 )
-from rlhfjax.recipes.rlhf import RLHF, Experience, Frozen, Prompts, iterate_many, make_rlhf
+from rlhfjax.recipes.rlhf import RLHF, Experience, Frozen, Prompts, iterate_many, make_learn, make_rlhf
 from rlhfjax.recipes.text import (
     PackedInputs,
     completion_logp,
@@ -56,6 +57,8 @@ from rlhfjax.recipes.value import (
 
 __all__ = [
     "AsBatch",
+    "ChatRollout",
+    "Chats",
     "Experience",
     "Frozen",
     "HostIteration",
@@ -72,6 +75,8 @@ __all__ = [
     "best_of_samples",
     "best_worst_pairs",
     "branch_states",
+    "chat_generate",
+    "chat_rollout",
     "cloned_episodes",
     "completion_logp",
     "cut_games",
@@ -88,6 +93,7 @@ __all__ = [
     "judged_batch",
     "judged_evaluate",
     "keep_informative",
+    "make_learn",
     "make_process_reward_model",
     "make_reward_model",
     "make_rlhf",

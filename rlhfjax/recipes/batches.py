@@ -3,6 +3,9 @@
 Each function here makes one: `as_batch(state, frozen, branches, generation, score) -> batch`, where state is the
 algorithm's, and score is float [B, G], or [B, G, R] for several rewards. To train by another rule, write another.
 
+What is learnt from are the tokens of `generation.mask_BGC`; those of `branches.completion_mask_BGC` are seen. They
+differ where somebody else speaks between the turns of the model (`chat_rollout`).
+
 Shapes: B prompts, G samples of each, R rewards of a sample, C completion length.
 """
 
@@ -61,7 +64,7 @@ def ppo_batch(
     temperature: jax.Array | float = 1.0,
     exact_kl: bool = False,
 ) -> AsBatch:
-    """Rollouts for `ppo`: the score stands at the last token of its completion.
+    """Rollouts for `ppo`: the score stands at the last action of its completion.
 
     Args:
       evaluate: the algorithm's, e.g. `text_actor_critic(lm)`, for the values at the rollout.
@@ -104,7 +107,7 @@ def grpo_batch(
       exact_kl: the algorithm's `evaluate`, where kl_estimator is "exact"; None elsewhere.
       mask_truncated: leaves out completions that no stop token ended, also of the baselines (DAPO's overlong
         filtering, arXiv 2503.14476, leaves them out of the loss).
-      overlong: (limit, cache) of `soft_overlong_penalty`, added to the score, to the first of several.
+      overlong: (limit, cache) of `soft_overlong_penalty`, added to the score, to the first of several; in actions.
       greedy: the last completion of each prompt is not learnt from; its score is the baseline (ReMax, arXiv
         2310.10505). For `make_rlhf(greedy=True)` and baseline "given".
     """
@@ -146,12 +149,12 @@ def best_worst_pairs(lm: LanguageModel, *, temperature: jax.Array | float = 1.0)
     """
 
     def as_batch(state, frozen, branches: Branches, generation: Generation, score_BG: jax.Array):
-        del state, generation
+        del state
         finite_BG = jnp.isfinite(score_BG)
         best_B, worst_B = best_of_n(score_BG, finite_BG), best_of_n(-score_BG, finite_BG)
         pair_B2 = jnp.stack([best_B, worst_B], axis=1)
         pair = _chosen(branches, pair_B2)
-        return pair_batch(
+        pairs = pair_batch(
             pair,
             completion_logp(lm, frozen.reference, pair, temperature),
             first=jnp.asarray([0]),
@@ -159,6 +162,7 @@ def best_worst_pairs(lm: LanguageModel, *, temperature: jax.Array | float = 1.0)
             label_BK=jnp.ones_like(score_BG, shape=(score_BG.shape[0], 1), dtype=jnp.float32),
             mask_BK=~all_equal(score_BG, finite_BG)[:, None],
         )
+        return pairs._replace(completion_mask_BGC=_of_chosen(generation.mask_BGC, pair_B2))
 
     return as_batch
 
@@ -169,12 +173,12 @@ def best_of_samples() -> AsBatch:
     """
 
     def as_batch(state, frozen, branches: Branches, generation: Generation, score_BG: jax.Array):
-        del state, frozen, generation
+        del state, frozen
         finite_BG = jnp.isfinite(score_BG)
-        best = _chosen(branches, best_of_n(score_BG, finite_BG)[:, None])
+        best_B1 = best_of_n(score_BG, finite_BG)[:, None]
         some_B11 = jnp.any(finite_BG, axis=1)[:, None, None]
-        weight_B1C = jnp.where(some_B11 & best.completion_mask_BGC, 1.0, 0.0)
-        return sft.Batch(inputs=best, weight=weight_B1C.astype(jnp.float32))
+        weight_B1C = jnp.where(some_B11 & _of_chosen(generation.mask_BGC, best_B1), 1.0, 0.0)
+        return sft.Batch(inputs=_chosen(branches, best_B1), weight=weight_B1C.astype(jnp.float32))
 
     return as_batch
 
@@ -200,11 +204,14 @@ def keep_informative(as_batch: AsBatch, prompts: int) -> AsBatch:
 
 def _chosen(branches: Branches, index_BK: jax.Array) -> Branches:
     """Each prompt with K of its completions."""
-    completion_BKC, mask_BKC = (
-        jnp.take_along_axis(x, index_BK[:, :, None], axis=1)
-        for x in (branches.completion_BGC, branches.completion_mask_BGC)
+    return branches._replace(
+        completion_BGC=_of_chosen(branches.completion_BGC, index_BK),
+        completion_mask_BGC=_of_chosen(branches.completion_mask_BGC, index_BK),
     )
-    return branches._replace(completion_BGC=completion_BKC, completion_mask_BGC=mask_BKC)
+
+
+def _of_chosen(x_BGC: jax.Array, index_BK: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x_BGC, index_BK[:, :, None], axis=1)
 
 
 def _samples(branches: Branches, generation: Generation, which: slice) -> tuple[Branches, Generation]:
