@@ -33,7 +33,7 @@ def write_chat_model(folder: Path) -> Path:
         kv_heads=1,
         head_size=8,
         mlp_width=16,
-        max_positions=64,
+        max_positions=128,
         embedding_stddev=0.3,
     )
     params = jax.jit(decoder(shape).init)(jax.random.key(0))
