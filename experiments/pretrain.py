@@ -52,7 +52,7 @@ def run(config: Config, folder) -> dict[str, float]:
 
     from experiments.assets import asset
     from experiments.loop import Show, run_stage
-    from rlhfjax.algorithms import make_optimizer, sft
+    from rlhfjax.algorithms import evaluation_params, make_optimizer, sft
     from rlhfjax.config import SFT
     from rlhfjax.data import BPETokenizer, read_jsonl, train_bpe
     from rlhfjax.networks import decoder, with_induction_heads
@@ -110,11 +110,12 @@ def run(config: Config, folder) -> dict[str, float]:
         checkpoint_every=500,
         show=Show(columns={"loss/nll": "loss"}, every=50),
     )
-    save_pretrained(model, shape, state.params, dtype="float16")
+    params = evaluation_params(state.opt_state, state.params)
+    save_pretrained(model, shape, params, dtype="float16")
     size = sum((model / name).stat().st_size for name in ("model.safetensors", "tokenizer.json"))
     last = folder.metrics("pretrain")[-50:]
     return {
-        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "megabytes": size / 1e6,
         "loss": float(np.mean([row["loss/nll"] for row in last])),
     }

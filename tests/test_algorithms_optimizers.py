@@ -183,7 +183,8 @@ SMALL = {"kernel": jnp.full((3, 4), 0.5), "bias": jnp.full((4,), 0.5)}
 def test_sgd_equals_a_loop():
     config = Optimizer(kind="sgd", learning_rate=0.1, b1=0.7, weight_decay=0.2, max_grad_norm=None)
     grads = [random_like(SMALL, i) for i in range(3)]
-    expected, momentum = as_float64(SMALL), {"kernel": 0.0, "bias": 0.0}
+    expected = as_float64(SMALL)
+    momentum: dict[str, Any] = {"kernel": 0.0, "bias": 0.0}
     for i, (got, _) in enumerate(follow(config, SMALL, grads, 4)):
         for name, g in as_float64(grads[i]).items():
             momentum[name] = 0.7 * momentum[name] + g
@@ -241,7 +242,8 @@ def test_schedule_free_equals_its_three_sequences():
     )  # fmt: skip
     grads = [random_like(SMALL, i) for i in range(5)]
     x, y, z = as_float64(SMALL), as_float64(SMALL), as_float64(SMALL)
-    second, weights = {"kernel": 0.0, "bias": 0.0}, 0.0
+    second: dict[str, Any] = {"kernel": 0.0, "bias": 0.0}
+    weights = 0.0
     for i, (got, state) in enumerate(follow(config, SMALL, grads, 6)):
         rate = 0.1 * min(1, (i + 1) / 2)
         weights += rate**2

@@ -39,7 +39,7 @@ def direct(hidden, embedding, token, temperature=1.0):
     return ops.TokenLogprobs(jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0], entropy)
 
 
-def weighted(function, hidden, embedding, token, temperature=1.0):
+def weighted(function, hidden, embedding, token, temperature: ArrayLike = 1.0):
     """A scalar whose gradient needs the cotangents of both outputs."""
     out = function(hidden, embedding, token, temperature=temperature)
     weights = [w.reshape(-1)[: token.size].reshape(token.shape) for w in (D_LOGP, D_ENTROPY)]

@@ -89,6 +89,16 @@ def batch_of(as_batch, score, generation=None, **options):
     return learn(SPY.init(POLICY), FROZEN, make_prompts(), generation, score, jax.random.key(0))
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_banned_tokens_are_not_drawn(greedy):
+    free = np.asarray(drawn(greedy).token_BGC)
+    likely = np.bincount(free[np.asarray(drawn(greedy).mask_BGC)]).argsort()[-5:]
+    banned = tuple(int(token) for token in likely if token not in STOP)
+    rollout = jax.jit(compose(SPY, None, samples=3, greedy=greedy, banned_tokens=banned).rollout)
+    generation = rollout(SPY.init(POLICY), make_prompts(), jax.random.key(7))
+    assert banned and not np.isin(generation.token_BGC, banned)[np.asarray(generation.mask_BGC)].any()
+
+
 SCORE = np.asarray([[0.1, 0.5, 0.3], [0.7, 0.7, 0.7], [np.nan, -1.0, 2.0], [np.nan, 0.2, np.nan]], np.float32)
 
 

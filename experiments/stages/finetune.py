@@ -7,7 +7,7 @@ import numpy as np
 from experiments.loop import Show, run_stage
 from experiments.stages.configs import SFTStage as Config
 from experiments.stages.text import Examples, Text
-from rlhfjax.algorithms import Algorithm, make_optimizer, sft
+from rlhfjax.algorithms import Algorithm, evaluation_params, make_optimizer, sft
 from rlhfjax.data import batch_indices
 from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import PackedInputs, packed_logp
@@ -51,4 +51,4 @@ def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, f
         steps=config.steps,
         show=Show(columns={"loss/nll": "loss"}),
     )
-    return state.params
+    return evaluation_params(state.opt_state, state.params)

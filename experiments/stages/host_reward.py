@@ -19,6 +19,7 @@ from experiments.stages.configs import GRPOStage, HostRewards, PPOStage
 from experiments.stages.policy import MakeLearner, Problem
 from experiments.stages.preferences import Gold
 from experiments.stages.text import Examples
+from rlhfjax.algorithms import evaluation_params
 from rlhfjax.data import batch_indices
 from rlhfjax.generation import Generation
 from rlhfjax.networks import LanguageModel
@@ -199,4 +200,5 @@ def optimise_policy(
         checkpoint_every=rewards.checkpoint_every,
         show=Show(columns=policy.COLUMNS, every=1, measure=measure, samples=samples, samples_every=25),
     )
-    return learner.policy(state.learner.params)
+    trained = state.learner
+    return learner.policy(evaluation_params(trained.opt_state, trained.params))

@@ -15,7 +15,7 @@ from experiments.stages.configs import ILQLStage, SoftQStage
 from experiments.stages.policy import Problem
 from experiments.stages.ratings import Rated, branches_at
 from experiments.stages.text import Text, Writer
-from rlhfjax.algorithms import Algorithm, ilql, make_optimizer, soft_q
+from rlhfjax.algorithms import Algorithm, evaluation_params, ilql, make_optimizer, soft_q
 from rlhfjax.algorithms.algorithm import PyTree, check_divisible
 from rlhfjax.algorithms.optimizers import is_hidden_matrix
 from rlhfjax.data import batch_indices
@@ -176,7 +176,7 @@ def _train(
         steps=config.steps,
         show=Show(columns=columns),
     )
-    return state.params
+    return evaluation_params(state.opt_state, state.params)
 
 
 def _episodes(problem: Problem, rated: Rated, index: np.ndarray) -> ilql.Episodes:

@@ -10,7 +10,7 @@ from experiments.loop import Show, run_stage
 from experiments.stages.configs import DPOStage as Config
 from experiments.stages.policy import Problem
 from experiments.stages.preferences import Judged, branches_of
-from rlhfjax.algorithms import Algorithm, dpo, make_optimizer
+from rlhfjax.algorithms import Algorithm, dpo, evaluation_params, make_optimizer
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import batch_indices
 from rlhfjax.networks import LanguageModel
@@ -78,7 +78,7 @@ def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, 
         steps=config.steps,
         show=Show(columns=COLUMNS),
     )
-    return state.params
+    return evaluation_params(state.opt_state, state.params)
 
 
 def _reference_logp(config: Config, problem: Problem, judged: Judged) -> np.ndarray:

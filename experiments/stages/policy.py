@@ -12,7 +12,7 @@ import numpy as np
 from experiments.loop import Show, run_stage
 from experiments.stages.configs import GRPOStage, OnlineDPOStage, PPOStage, RAFTStage
 from experiments.stages.text import Examples, Text
-from rlhfjax.algorithms import Algorithm, dpo, grpo, make_optimizer, ppo, sft
+from rlhfjax.algorithms import Algorithm, dpo, evaluation_params, grpo, make_optimizer, ppo, sft
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.config import Decoder
 from rlhfjax.data import batch_indices
@@ -286,7 +286,7 @@ def optimise_policy(
         checkpoint_every=25,
         show=Show(columns=COLUMNS, every=1, measure=measure, samples=samples, samples_every=25),
     )
-    return learner.policy(state.params)
+    return learner.policy(evaluation_params(state.opt_state, state.params))
 
 
 def sample_rows(

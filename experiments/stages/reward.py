@@ -10,7 +10,7 @@ from experiments.loop import Show, run_once, run_stage
 from experiments.stages.configs import RewardStage as Config
 from experiments.stages.preferences import BATCH, Judged, branches_of
 from experiments.stages.text import Examples, Text
-from rlhfjax.algorithms import Algorithm, make_optimizer, reward_model
+from rlhfjax.algorithms import Algorithm, evaluation_params, make_optimizer, reward_model
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import accuracy_ceiling, batch_indices
 from rlhfjax.networks import LanguageModel
@@ -82,7 +82,8 @@ def train_reward_model(
         show=Show(columns={"loss/preference": "loss", "pair/accuracy": "accuracy", "score/std": "score std"}),
     )
     evaluate = text.jit(lambda lm: make_reward_model(lm, pool=config.pool))
-    return _measure(text, evaluate, state.params, examples, judged, folder)
+    params = evaluation_params(state.opt_state, state.params)
+    return _measure(text, evaluate, params, examples, judged, folder)
 
 
 def _measure(text, evaluate, params, examples, judged, folder) -> Learned:

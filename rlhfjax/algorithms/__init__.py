@@ -7,7 +7,7 @@ They see numbers, not networks: a function `evaluate(params, inputs)` stands for
 from rlhfjax.algorithms import dpo, dqn, grpo, ilql, kto, ppo, pqn, reward_model, sft, soft_q, tabular_q
 from rlhfjax.algorithms.algorithm import Algorithm
 from rlhfjax.algorithms.exploration import epsilon_greedy, epsilon_greedy_probabilities
-from rlhfjax.algorithms.optimizers import make_optimizer
+from rlhfjax.algorithms.optimizers import evaluation_params, make_optimizer
 
 __all__ = [
     "Algorithm",
@@ -15,6 +15,7 @@ __all__ = [
     "dqn",
     "epsilon_greedy",
     "epsilon_greedy_probabilities",
+    "evaluation_params",
     "grpo",
     "ilql",
     "kto",
