@@ -6,14 +6,16 @@ Shapes: B prompts or rows, G samples of a prompt, P prompt length, C completion 
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from experiments.benchmarks.sizes import Sizes
-from rlhfjax.config import Decoder, Optimizer
-from rlhfjax.networks import Branches, LanguageModel, decoder, init_scalar_head
+from rlhfjax.config import Decoder, LoRA, Optimizer
+from rlhfjax.networks import Branches, LanguageModel, adapted, decoder, init_lora, init_scalar_head
 from rlhfjax.networks.flops import branch_pairs, forward_flops
 from rlhfjax.recipes import Prompts
 
@@ -54,6 +56,20 @@ def actor_critic_params(lm: LanguageModel) -> dict:
     """Policy and separate critic, as `text_actor_critic` takes them."""
     head = init_scalar_head(jax.random.key(1), lm.config.width)
     return {"policy": init(lm, 0), "critic": {"trunk": init(lm, 1), "head": head}}
+
+
+def trained_on_base(
+    lm: LanguageModel, sizes: Sizes
+) -> tuple[dict, dict, Callable[[dict], LanguageModel], float]:
+    """(what is trained, the base, base -> the language model of what is trained, passes that a backward pass costs).
+
+    Without `lora_rank` the base is empty. Gradients of a frozen base's matrices are half of a backward pass.
+    """
+    if sizes.lora_rank == 0:
+        return init(lm, 0), {}, lambda base: lm, 2.0
+    lora, base = LoRA(rank=sizes.lora_rank, alpha=2.0 * sizes.lora_rank), init(lm, 0)
+    adapters = jax.jit(partial(init_lora, config=lora))(jax.random.key(2), base)
+    return adapters, base, lambda base: adapted(lm, base, lora), 1.0
 
 
 def random_tokens(lm: LanguageModel, seed: int, shape: tuple[int, ...]) -> jax.Array:
@@ -102,4 +118,5 @@ def case_sizes(lm: LanguageModel, sizes: Sizes, **batch: int) -> dict[str, Any]:
     lengths = {"prompt_length": sizes.prompt_length, "new_tokens": sizes.new_tokens}
     shapes = jax.tree.leaves(jax.eval_shape(lm.init, jax.random.key(0)))
     parameters = {"parameters": sum(x.size for x in shapes)}  # of one network
+    parameters |= {"lora_rank": sizes.lora_rank} if sizes.lora_rank else {}
     return batch | lengths | parameters | dataclasses.asdict(lm.config)

@@ -28,6 +28,8 @@ class Sizes:
     """Attention's kernel: auto, xla, cudnn or splash."""
     remat: str = "none"
     """What the backward pass computes again: none, attention, dots or block."""
+    lora_rank: int = 0
+    """In sft and grpo, adapters of this rank are trained on a frozen base; 0: the whole model."""
     packing: float | None = None
     """Pack the sequences of updates into so many times the tokens of full rows; None: full rows."""
     batch: int = 16

@@ -19,13 +19,16 @@ from experiments.benchmarks.models import (
     random_branches,
     random_prompts,
     random_tokens,
+    trained_on_base,
 )
 from experiments.benchmarks.ragged import completion_lengths
 from experiments.benchmarks.sizes import Sizes
-from rlhfjax.algorithms import dpo, grpo, make_optimizer, ppo, reward_model, sft
+from rlhfjax.algorithms import Algorithm, dpo, grpo, make_optimizer, ppo, reward_model, sft
 from rlhfjax.config import DPO, GRPO, PPO, SFT, RewardModel
+from rlhfjax.networks import LanguageModel
 from rlhfjax.networks.flops import branch_pairs, causal_pairs, forward_flops
 from rlhfjax.recipes import (
+    RLHF,
     Frozen,
     PackedInputs,
     completion_logp,
@@ -46,18 +49,27 @@ def finetuning(sizes: Sizes) -> Case:
     """One update of supervised fine-tuning, loss on every position; counts positions."""
     lm = language_model(sizes, sizes.training_vocab_size)
     batch, length = sizes.batch, sizes.prompt_length + sizes.new_tokens
-    algorithm = sft.make(packed_logp(lm), make_optimizer(OPTIMIZER, OPTIMIZER_STEPS), SFT())
+    params, base, on, backward = trained_on_base(lm, sizes)
+    optimizer = make_optimizer(OPTIMIZER, OPTIMIZER_STEPS)
+
+    def algorithm(lm: LanguageModel) -> Algorithm:
+        return sft.make(packed_logp(lm), optimizer, SFT())
+
+    def step(state, inputs, key):
+        base, batch = inputs
+        return algorithm(on(base)).update(state, batch, key)
+
     token = random_tokens(lm, 1, (batch, length + 1))
     position = jnp.broadcast_to(jnp.arange(length), (batch, length))
     inputs = PackedInputs(token[:, :-1], token[:, 1:], position, jnp.ones((batch, length), jnp.int32))
     positions = batch * length
     return Case(
-        algorithm.update,
-        state=jax.jit(algorithm.init)(init(lm, 0)),
-        inputs=sft.Batch(inputs, jnp.ones((batch, length))),
+        step,
+        state=jax.jit(algorithm(lm).init)(params),
+        inputs=(base, sft.Batch(inputs, jnp.ones((batch, length)))),
         tokens=positions,
         count=lambda metrics: metrics["batch/count"],
-        flops=3
+        flops=(1 + backward)
         * forward_flops(lm.config, positions=positions, pairs=batch * causal_pairs(length), logits=positions),
         sizes=case_sizes(lm, sizes, rows=batch),
     )
@@ -226,34 +238,37 @@ def grpo_iteration(sizes: Sizes) -> Case:
     lm = language_model(sizes, sizes.training_vocab_size)
     samples, prompt, completion = sizes.samples, sizes.prompt_length, sizes.new_tokens
     prompts = _prompts(sizes, samples)
-    algorithm = grpo.make(
-        text_policy(lm),
-        make_optimizer(OPTIMIZER, OPTIMIZER_STEPS),
-        GRPO(kl_coefficient=0.04, epochs=1, minibatches=1),
-    )
-    rlhf = make_rlhf(
-        lm,
-        algorithm,
-        grpo_batch(lm),
-        reward=lambda params, branches: jnp.mean(branches.completion_BGC % 2, axis=2, dtype=jnp.float32),
-        samples=samples,
-        max_new_tokens=completion,
-        stop_tokens=(),
-        policy=lambda params: params,
-    )
+    params, base, on, backward = trained_on_base(lm, sizes)
+    optimizer = make_optimizer(OPTIMIZER, OPTIMIZER_STEPS)
+
+    def algorithm(lm: LanguageModel) -> Algorithm:
+        return grpo.make(text_policy(lm), optimizer, GRPO(kl_coefficient=0.04, epochs=1, minibatches=1))
+
+    def rlhf(lm: LanguageModel) -> RLHF:
+        return make_rlhf(
+            lm,
+            algorithm(lm),
+            grpo_batch(lm),
+            reward=lambda params, branches: jnp.mean(branches.completion_BGC % 2, axis=2, dtype=jnp.float32),
+            samples=samples,
+            max_new_tokens=completion,
+            stop_tokens=(),
+            policy=lambda params: params,
+        )
 
     def step(state, inputs, key):
-        state, metrics, experience = rlhf.iterate(state, *inputs, key)
+        base, *inputs = inputs
+        state, metrics, experience = rlhf(on(base)).iterate(state, *inputs, key)
         return state, (metrics, experience)
 
     forward = branches_flops(lm.config, prompts, samples, prompt, completion, logits=True)
     return Case(
         step,
-        state=jax.jit(algorithm.init)(init(lm, 0)),
-        inputs=(Frozen(init(lm, 1), None), random_prompts(lm, prompts, prompt)),
+        state=jax.jit(algorithm(lm).init)(params),
+        inputs=(base, Frozen({} if base else init(lm, 1), None), random_prompts(lm, prompts, prompt)),
         tokens=sizes.batch * completion,
         count=lambda outputs: outputs[0]["batch/actions"],
-        flops=generation_flops(lm.config, prompts, samples, prompt, completion) + (1 + 3) * forward,
+        flops=generation_flops(lm.config, prompts, samples, prompt, completion) + (2 + backward) * forward,
         sizes=case_sizes(lm, sizes, prompts=prompts, samples=samples) | {"epochs": 1, "minibatches": 1},
     )
 

@@ -18,7 +18,10 @@ from rlhfjax.networks.decoder import LanguageModel
 
 
 class Generation(NamedTuple):
-    """Completions. The stop token is an action: it is kept, and counted by the mask."""
+    """Completions. The stop token is an action: it is kept, and counted by the mask.
+
+    Of `recipes.chat_rollout` the mask has holes: True on what the model said, not on its partner's tokens.
+    """
 
     token_BGC: jax.Array  # int32, 0 after the end
     mask_BGC: jax.Array  # bool, True up to and including the stop token

@@ -26,7 +26,8 @@ from rlhfjax.networks.ragged import PackedRows, pack, rows_for
 class Branches(NamedTuple):
     """Prompts and their completions.
 
-    Padding is told by the masks, never by a token id. A completion is a run of True from its first position.
+    Padding is told by the masks, never by a token id. A completion is a run of True from its first position; what is
+    in it is seen, and need not be all the model's own (conversations).
     """
 
     prompt_BP: jax.Array  # int32, left-padded
