@@ -67,8 +67,14 @@ class Config(HostRewards):
             prompts=8,
             temperature=1.0,
             missing_eos_penalty=None,
+            # No division by the group's deviation: it would make the KL cheap where all samples score alike.
             algorithm=GRPO(
-                kl_coefficient=0.05, kl_placement="reward", kl_estimator="k1", aggregation="token"
+                baseline="leave_one_out",
+                scale="none",
+                kl_coefficient=0.05,
+                kl_placement="reward",
+                kl_estimator="k1",
+                aggregation="token",
             ),
             optimizer=_adapters(5e-4),
         )

@@ -36,6 +36,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def shown(self, row: int) -> dict[str, str]:
+        """What a sample of the prompt numbered `row` is shown beside."""
+        reference = self.references[row]
+        return {"prompt": self.prompts[row]} | ({"reference": reference} if reference else {})
+
 
 def load_chats(
     config: Config, tokenizer: PretrainedTokenizer, template: ChatTemplate, split: str

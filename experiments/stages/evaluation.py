@@ -191,8 +191,7 @@ def _sample_rows(found: list[Policy], examples: Examples) -> list[dict[str, Any]
     first = [p for how in decodings for p in found if p.name.endswith(f", {how}")]
     ordered = first + [p for p in found if p not in first]
     return [
-        {"prompt": examples.prompts[b], "reference": examples.references[b]}
-        | {policy.name: policy.texts[b] for policy in ordered}
+        examples.shown(b) | {policy.name: policy.texts[b] for policy in ordered}
         for b in range(min(20, len(found[0].texts)))
     ]
 

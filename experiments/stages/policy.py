@@ -294,11 +294,8 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """The first completions of the first prompts, for samples.jsonl; `scores` by name, each [B, G]."""
     return [
-        {
-            "prompt": examples.prompts[index[b]],
-            "reference": examples.references[index[b]],
-            "completion": texts[b][0],
-        }
+        examples.shown(index[b])
+        | {"completion": texts[b][0]}
         | {name: float(score_BG[b, 0]) for name, score_BG in scores.items()}
         for b in range(min(4, len(index)))
     ]

@@ -136,12 +136,7 @@ def collect_preferences(
             "completions/finished": float(out["finished_BG"].mean()),
         }
         samples = [
-            {
-                "prompt": examples.prompts[rows[i]],
-                "reference": examples.references[rows[i]],
-                "completion": texts[i][0],
-                "gold": float(gold_BG[i, 0]),
-            }
+            examples.shown(rows[i]) | {"completion": texts[i][0], "gold": float(gold_BG[i, 0])}
             for i in range(min(16, len(rows)))
         ]
         return arrays, metrics, samples

@@ -92,16 +92,14 @@ def comparison_section(comparisons: Sequence[Comparison], gold_name: str, split:
 def text_section(
     found: Sequence[Policy], examples: Examples, temperature: float, number: int = 12
 ) -> Section:
-    """Sampled texts before and after, with what the data has."""
+    """Sampled texts before and after, with what the data has, if anything."""
     by_name = {policy.name: policy for policy in found}
     whole = {policy.group for policy in found if policy.name.endswith(", greedy")}
     endings = (f", temperature {temperature:g}", ", greedy")
     shown = [policy.name for policy in found if policy.group in whole and policy.name.endswith(endings)]
-    rows = [
-        [examples.prompts[b], examples.references[b], *(by_name[name].texts[b] for name in shown)]
-        for b in range(min(number, len(found[0].texts)))
-    ]
-    return Section("Texts before and after", "", Table(["prompt", "reference", *shown], rows))
+    before = [examples.shown(b) for b in range(min(number, len(found[0].texts)))]
+    rows = [[*x.values(), *(by_name[name].texts[b] for name in shown)] for b, x in enumerate(before)]
+    return Section("Texts before and after", "", Table([*before[0], *shown], rows))
 
 
 def verdict(metrics: Sequence[dict[str, float]], gold_name: str) -> str:
