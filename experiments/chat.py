@@ -125,6 +125,7 @@ def run(config: Config, folder) -> dict[str, float]:
     from rlhfjax.report import write_report
 
     name, stage = config.algorithm, getattr(config, config.algorithm)
+    start = "sft" if config.sft.steps else "base"
     if config.reward == "given" and name not in ("grpo", "ppo"):
         raise ValueError(f'algorithm={name!r} is for a learned reward: give reward="learned" too')
     with host_reward.open_pool(config) as pool:  # early: a reward that cannot be found should cost nothing
@@ -140,8 +141,9 @@ def run(config: Config, folder) -> dict[str, float]:
             made.gold_of,
             folder,
             temperature=stage.temperature,
+            start=start,
         )
-    comparisons = evaluation.compare(found, stage.temperature, name)
+    comparisons = evaluation.compare(found, stage.temperature, name, start)
     summary = report.summarise(found, comparisons, "validation") | dict(made.measured)
     rewards = ", ".join(reward.rpartition(":")[2] for reward in config.rewards)
     export.export_policy(

@@ -57,10 +57,11 @@ def evaluate_policies(
     temperature: float,
     split: str = "validation",
     points: Mapping[str, Writer] = MappingProxyType({}),
+    start: str = "sft",
 ) -> list[Policy]:
     """Measures the reference, best-of-n by the reward, and every policy of `policies` and `points`.
 
-    A reward of None is the gold score itself.
+    A reward of None is the gold score itself. The reference is called `start`.
 
     Each policy is decoded at `temperature` (that of the rollouts, at which KL and best-of-n are defined), at the
     configured others and greedily, all in one pass per prompt batch; those of `points` at `temperature` only.
@@ -70,12 +71,13 @@ def evaluate_policies(
     score = _scorer(text, reference, reward, reward_params, examples, config.batch, temperature)
     others = [other for other in config.temperatures if other != temperature]
     root = jax.random.fold_in(jax.random.key(folder.seed), 5)
-    writers = {"sft": Writer(reference), **policies, **points}
+    writers = {start: Writer(reference), **policies, **points}
 
     def compute():
         found = []
         for number, (label, writer) in enumerate(writers.items()):
-            most = max(config.best_of, default=1) if label == "sft" else 1
+            best_of = config.best_of if label == start else ()
+            most = max(best_of, default=1)
             more = [] if label in points else [*others, 0.0]
             temperatures = np.asarray([temperature] * most + more, np.float32)
             out = sample_policy(
@@ -88,9 +90,7 @@ def evaluate_policies(
                 batch=config.batch,
             )
             scores = score(rows, out, (0, *range(most, len(temperatures))))
-            found += _measure(
-                label, out, temperatures, most, config.best_of, scores, text, rows, gold(examples)
-            )
+            found += _measure(label, out, temperatures, most, best_of, scores, text, rows, gold(examples))
         metrics = {
             f"{policy.name}/{field}": float(getattr(policy, field).mean())
             for field in _ARRAYS
@@ -176,7 +176,7 @@ def _measure(label, out, temperatures, most, best_of: Sequence[int], scores, tex
                 "exact, of a point mass" if greedy else "k1",
             )
         )
-    for n in best_of if label == "sft" else ():
+    for n in best_of:
         bound = np.log(n) - (n - 1) / n
         best = reward_BG[:, :n].argmax(axis=1)
         found.append(
@@ -229,19 +229,21 @@ class Comparison:
         return self.difference.low > 0
 
 
-def compare(found: list[Policy], temperature: float, treated: str = "ppo") -> list[Comparison]:
+def compare(
+    found: list[Policy], temperature: float, treated: str = "ppo", start: str = "sft"
+) -> list[Comparison]:
     """The controls beside every claim: same temperature, best temperature of each, greedy, best-of-n at equal KL."""
     by_name = {policy.name: policy for policy in found}
     sampled, greedy = by_name[f"{treated}, temperature {temperature:g}"], by_name[f"{treated}, greedy"]
-    base = [policy for policy in found if policy.group == "sft" and policy.name != "sft, greedy"]
+    base = [policy for policy in found if policy.group == start and policy.name != f"{start}, greedy"]
     own = [policy for policy in found if policy.group == treated and policy.name != f"{treated}, greedy"]
     best_base, best_own = (max(group, key=lambda policy: policy.gold.mean()) for group in (base, own))
     pairs = [
-        (sampled, by_name[f"sft, temperature {temperature:g}"]),
+        (sampled, by_name[f"{start}, temperature {temperature:g}"]),
         (sampled, best_base),
         (best_own, best_base),
-        (sampled, by_name["sft, greedy"]),
-        (greedy, by_name["sft, greedy"]),
+        (sampled, by_name[f"{start}, greedy"]),
+        (greedy, by_name[f"{start}, greedy"]),
     ]
     bests = [policy for policy in found if policy.group == "best of n"]
     points = [policy for policy in found if policy.group.startswith(f"{treated}-")]

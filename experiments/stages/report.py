@@ -66,7 +66,7 @@ def policy_section(found: Sequence[Policy], gold_name: str, split: str, temperat
     ]
     text = (
         f"Each policy on the same {len(found[0].gold)} prompts of the {split} split, one completion a prompt; 95 % "
-        "bootstrap intervals over prompts. KL is from the fine-tuned policy at the temperature of the rollouts, "
+        "bootstrap intervals over prompts. KL is from the policy before at the temperature of the rollouts, "
         f"{temperature:g}."
     )
     return Section(f"All policies, {split} split", text, Table(header, rows))
