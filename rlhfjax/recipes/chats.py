@@ -70,8 +70,8 @@ class ChatRollout(NamedTuple):
     next turn might not have fitted `completion_length` or the longest context. The partner's last message is then
     dropped, as the assistant never read it.
 
-    For `ppo_batch`, `grpo_batch`, `best_worst_pairs` and `best_of_samples`. The batches of values, of soft Q-learning and
-    of single judgements take all that is seen for actions, the partner's words too, and are not for it.
+    For `ppo_batch`, `grpo_batch`, `best_worst_pairs` and `best_of_samples`. The batches of values, of soft Q-learning
+    and of single judgements take all that is seen for actions, the partner's words too, and are not for it.
     """
 
     branches: Branches  # completion_mask True on all tokens behind the opening, whoever wrote them
