@@ -1,5 +1,6 @@
 """RLHF of a pretrained chat model with LoRA: every method, one base for all, stopped and resumed, exported."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from running import start
 from tiny_chat import END, write_chat_model, write_prompts
 
 from experiments import run
-from experiments.stages import configs, policy, text
+from experiments.stages import configs, export, policy, text
+from rlhfjax import run_folder
 from rlhfjax.config import LoRA
 from rlhfjax.pretrained import Answerer, load_reward_model, open_model
 from rlhfjax.recipes import Frozen, init_reward_model, make_reward_model
@@ -117,6 +119,25 @@ def test_ppo_with_a_quantised_base_stopped_and_resumed(settings, tmp_path):
     assert run.main(["--resume", str(tmp_path / "cut")]) == 0
     for name in BITWISE:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_trained_and_exported(settings, tmp_path):
+    flags = ("--text.trained", "all", "--max-steps", "2")
+    assert start("chat", settings, tmp_path / "run", *flags) == 0
+    opened, base = open_model(tmp_path / "run" / "policy"), open_model(settings["text"]["base"])
+    assert opened.template == base.template and opened.stop_tokens == base.stop_tokens
+    assert not np.allclose(opened.params["embedding"], base.params["embedding"], atol=1e-3)
+
+
+def test_a_base_that_is_no_folder_gives_its_tokenizer_along(settings, tmp_path):
+    config = configs.Text(**settings["text"] | {"lora": LoRA(rank=2)}, chat=True, trained="all")
+    loaded = dataclasses.replace(text.open_text(config), source=None)  # as of a GGUF file
+    folder = run_folder.create(tmp_path / "run", "experiment: fake\n", experiment="fake", seed=0, exact=True)
+    directory = export.export_policy(loaded, loaded.base, folder, method="Nothing", metrics={})
+    opened = open_model(directory)
+    assert opened.template == loaded.template and opened.stop_tokens == loaded.stop_tokens
+    assert opened.tokenizer.encode("the cat") == loaded.tokenizer.encode("the cat")
 
 
 def test_an_algorithm_without_a_given_reward_is_told(settings, tmp_path, capsys):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.stages.text import Text
+from rlhfjax.data import PretrainedTokenizer, save_tokenizer
 from rlhfjax.networks import merge_lora
 from rlhfjax.pretrained import POLICY, save_peft, save_pretrained, save_reward_model, write_model_card
 from rlhfjax.run_folder import RunFolder
@@ -24,6 +25,7 @@ def export_policy(
     base = _base_name(text)
     if text.lora is None:
         save_pretrained(directory, text.lm.config, params, dtype="bfloat16", like=_folder(text))
+        _save_tokenizer(text, directory)
     else:
         save_peft(directory, text.lm.config, text.lora, params, base_name=base)
     write_model_card(
@@ -61,6 +63,7 @@ def export_reward_model(text: Text, params: dict, folder: RunFolder, *, rewards:
         dtype="bfloat16",
         like=_folder(text),
     )
+    _save_tokenizer(text, directory)
     write_model_card(
         directory,
         name=f"Reward model of {rewards}",
@@ -76,6 +79,12 @@ def export_reward_model(text: Text, params: dict, folder: RunFolder, *, rewards:
 
 def _base_name(text: Text) -> str:
     return text.config.base
+
+
+def _save_tokenizer(text: Text, directory: Path) -> None:
+    """Where the base is no folder whose files were copied."""
+    if _folder(text) is None and isinstance(text.tokenizer, PretrainedTokenizer):
+        save_tokenizer(directory, text.tokenizer, text.template)
 
 
 def _folder(text: Text) -> Path | None:
