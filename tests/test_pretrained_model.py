@@ -128,6 +128,8 @@ def test_an_adapter_is_opened_merged_into_its_base(model, folder, tmp_path):
     card = (tmp_path / "whole" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and front["base_model"] == str(folder)
+    assert "AutoModelForCausalLM" in card and "PeftModel" not in card
+    assert "PeftModel" in (tmp_path / "adapter" / "README.md").read_text()
     assert "| reward | 0.5123 |" in card and "python experiments/run.py chat" in card
 
 

@@ -35,7 +35,7 @@ def export_policy(
         method=f"{method}.",
         data=f"Prompts of `{text.config.data}`.",
         command=f"python experiments/run.py {' '.join(sys.argv[1:])}".strip(),
-        metrics=metrics,
+        metrics={name: x for name, x in metrics.items() if not name.endswith(("low", "high"))},
         library="transformers" if text.lora is None else "peft",
         notes=[f"Seed {folder.seed}; the settings are those of the run's config.yaml."],
     )

@@ -6,7 +6,7 @@ from rlhfjax.data import save_tokenizer
 from rlhfjax.pretrained.hub import find_model
 from rlhfjax.pretrained.huggingface import save_pretrained
 from rlhfjax.pretrained.model import open_model
-from rlhfjax.pretrained.model_card import CARD
+from rlhfjax.pretrained.model_card import CARD, card_of_merged
 from rlhfjax.pretrained.peft import adapter_base
 
 POLICY = "policy"  # the folder of a run that holds its policy
@@ -34,6 +34,5 @@ def convert(
     save_pretrained(to, opened.config, opened.params, dtype=dtype, like=like, shard_bytes=shard_bytes)
     if like is None:
         save_tokenizer(to, opened.tokenizer, opened.template)
-    if source != origin and (source / CARD).is_file():
-        card = (source / CARD).read_text()
-        (to / CARD).write_text(card.replace("library_name: peft", "library_name: transformers"))
+    if (base_name := adapter_base(source)) is not None and (source / CARD).is_file():
+        (to / CARD).write_text(card_of_merged((source / CARD).read_text(), base_name))

@@ -48,6 +48,12 @@ def write_model_card(
     (Path(directory) / CARD).write_text("\n".join(part for part in parts if part))
 
 
+def card_of_merged(card: str, base: str) -> str:
+    """The card of an adapter as that of the whole model it was merged into."""
+    card = card.replace("library_name: peft", "library_name: transformers")
+    return card.replace(_usage("peft", base), _usage("transformers", base))
+
+
 def _usage(library: str, base: str) -> str:
     if library == "peft":
         lines = [
