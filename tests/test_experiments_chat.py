@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from running import start
 from tiny_chat import END, write_chat_model, write_prompts
+from tiny_text import write_world
 
 from experiments import run
 from experiments.stages import configs, export, policy, text
 from rlhfjax import run_folder
 from rlhfjax.config import LoRA
-from rlhfjax.pretrained import Answerer, load_reward_model, open_model
+from rlhfjax.networks import decoder
+from rlhfjax.pretrained import Answerer, load_pretrained, load_reward_model, open_model, save_pretrained
 from rlhfjax.recipes import Frozen, init_reward_model, make_reward_model
 from rlhfjax.run_folder import read_lines
 
@@ -232,6 +234,28 @@ def test_conversations_to_fine_tune_on_and_a_system_message(settings, tmp_path):
     learnt = packed.token_RT[:, 1:][packed.completion_RT]
     assert "".join(loaded.tokenizer.decode(learnt.tolist()).split()) in ("satmatlog", "logsatmat")
     assert (learnt == loaded.stop_tokens[0]).sum() == 3  # the end of every turn is learnt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "soft_q", "ilql"])
+def test_other_experiments_take_adapters_too(algorithm, tmp_path):
+    """Fine-tuning, reward model, values and the guided policy on one base of plain text, in four bits."""
+    world = write_world(tmp_path)
+    world["text"] |= {"trained": "lora", "base_bits": 4, "lora": {"rank": 2, "projections": ["query", "up"]}}
+    world["text"]["base"] = str(even_base(Path(world["text"]["base"])))
+    stage = {"steps": 3, "prompts": 4, "optimizer": {"warmup_steps": 1}}
+    settings = world | {"ratings": {"prompts": 8}, "soft_q": stage, "ilql": stage}
+    assert start("summarize", settings, tmp_path / "run", "--algorithm", algorithm) == 0
+    lines = [x for x in read_lines(tmp_path / "run" / "metrics.jsonl") if x["stage"] == "sft"]
+    assert lines[-1]["loss/nll"] != lines[0]["loss/nll"]
+
+
+def even_base(folder: Path) -> Path:
+    """The same kind of model with inputs that four bits can take in groups of 32."""
+    config, _ = load_pretrained(folder)
+    config = dataclasses.replace(config, width=32, head_size=16, mlp_width=32)
+    save_pretrained(folder, config, jax.jit(decoder(config).init)(jax.random.key(0)))
+    return folder
 
 
 def test_prompts_alone_cannot_be_learnt_from(settings):

@@ -20,6 +20,7 @@ from rlhfjax.algorithms import (
     grpo,
     ilql,
     kto,
+    make_optimizer,
     ppo,
     pqn,
     reward_model,
@@ -185,6 +186,7 @@ def namespace(module: str) -> dict[str, Any]:
         "is_policy": lambda params: {"policy": True, "critic": False},
         "evaluate_ptx": logp_of,
         "evaluate_steps": logp_of,
+        "make_optimizer": make_optimizer,
     }
     return (
         names
