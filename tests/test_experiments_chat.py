@@ -14,9 +14,12 @@ from tiny_chat import END, write_chat_model, write_prompts
 from tiny_text import write_world
 
 from experiments import run
+from experiments.assets import asset
+from experiments.rewards import sentiment
 from experiments.stages import configs, export, policy, text
 from rlhfjax import run_folder
 from rlhfjax.config import LoRA
+from rlhfjax.data import read_prompts
 from rlhfjax.networks import decoder
 from rlhfjax.pretrained import Answerer, load_pretrained, load_reward_model, open_model, save_pretrained
 from rlhfjax.recipes import Frozen, init_reward_model, make_reward_model
@@ -256,6 +259,25 @@ def even_base(folder: Path) -> Path:
     config = dataclasses.replace(config, width=32, head_size=16, mlp_width=32)
     save_pretrained(folder, config, jax.jit(decoder(config).init)(jax.random.key(0)))
     return folder
+
+
+def test_the_shipped_prompts_are_of_other_topics_in_each_split():
+    path = asset("experiments/assets/chat_prompts.jsonl")
+    split = {name: read_prompts(path, split=name) for name in ("train", "validation", "test")}
+    assert [len(prompts) for prompts in split.values()] == [320, 40, 40]
+
+    def topics(name: str) -> set[str]:
+        texts = [prompt[-1]["content"] for prompt in split[name]]
+        return {text.removeprefix("Write one sentence about ")[:-1] for text in texts if "sentence" in text}
+
+    assert [len(topics(name)) for name in split] == [80, 10, 10]
+    assert not topics("train") & (topics("validation") | topics("test"))
+
+
+def test_the_shipped_reward_is_vaders_score():
+    pytest.importorskip("vaderSentiment")
+    good, bad, none = sentiment(["?"] * 3, ["What a wonderful day!", "This is horrible.", "It is a table."])
+    assert good > 0.5 and bad < -0.5 and none == 0.0
 
 
 def test_prompts_alone_cannot_be_learnt_from(settings):
