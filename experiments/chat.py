@@ -55,12 +55,13 @@ class Config(HostRewards):
     """Fine-tuning first; its data must then have completions."""
     preferences: PreferenceStage = field(
         default_factory=lambda: PreferenceStage(
-            prompts=160, heldout=32, sampling_temperature=1.0, label_temperature=0.1
+            prompts=320, heldout=32, sampling_temperature=1.0, label_temperature=0.1
         )
     )
     reward_model: RewardStage = field(
-        default_factory=lambda: RewardStage(steps=32, prompts=8, pool="last", optimizer=_adapters(3e-4))
+        default_factory=lambda: RewardStage(steps=36, prompts=16, optimizer=_adapters(5e-4))
     )
+    """Its `pool` must be last for an export: a sequence classifier reads the last token."""
     grpo: GRPOStage = field(
         default_factory=lambda: GRPOStage(
             steps=40,

@@ -256,7 +256,7 @@ def test_no_data_and_no_base_are_refused_by_name(settings, tmp_path, capsys):
     for key, path, message in (
         ("data", nowhere, f"no data file at {nowhere}"),
         ("data", tmp_path / "empty.jsonl", "has no rows"),
-        ("base", nowhere, f"{nowhere / 'config.json'} is missing"),
+        ("base", nowhere, f"there is no model at {nowhere}"),
     ):
         spoilt = changed(settings, text={key: str(path)})
         assert message in refused(spoilt, tmp_path / f"run-{key}-{path.name}", capsys)

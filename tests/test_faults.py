@@ -2,6 +2,7 @@
 
 import ast
 import shutil
+from functools import cache
 from pathlib import Path
 
 import plant_faults
@@ -11,14 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 FAULTS = plant_faults.load()
 
 
+@cache
+def names_in(file: str) -> set[str]:
+    tree = ast.parse((ROOT / file).read_text())
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 def test_every_fault_has_its_place_and_its_test():
     for fault in FAULTS:
         assert (ROOT / fault.file).read_text().count(fault.find) == 1, fault.what
         assert fault.find != fault.replace, fault.what
         file, name = fault.test.split("::", 1)
-        tree = ast.parse((ROOT / file).read_text())
-        tests = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-        assert name.split("[")[0] in tests, fault.test
+        assert name.split("[")[0] in names_in(file), fault.test
 
 
 def test_a_fault_without_its_place_is_an_error(tmp_path):
