@@ -139,8 +139,10 @@ def test_model_equals_that_of_the_dequantised(bits, group):
     decoding = jax.jit(LM.for_decoding)(params)
     np.testing.assert_allclose(LOGITS(decoding), expected, atol=2e-4)
     for path, entries in projections(decoding).items():
-        for name, x in entries.items():
-            assert x.dtype == projections(params)[path][name].dtype, name
+        stored = projections(params)[path]
+        # On a CPU four bits are written out, once for all tokens; eight stay as they are.
+        assert ("kernel_transposed" in entries) == (bits == 4)
+        assert all(x.dtype == stored[name].dtype for name, x in entries.items() if name in stored)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
