@@ -179,7 +179,7 @@ def open_text(config: Config) -> Text:
             f"{shape.max_positions} positions of {source}"
         )
     if config.base_bits in (8, 4):
-        params = jax.jit(partial(quantise, bits=config.base_bits), donate_argnums=0)(params)
+        params = quantise(params, config.base_bits)
     lora = config.lora if config.trained == "lora" else None
     return Text(config, tokenizer, decoder(shape), params, stops, unused, template, lora, source)
 
