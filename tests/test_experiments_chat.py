@@ -62,7 +62,7 @@ def settings(tmp_path_factory) -> dict[str, Any]:
         "rewards": [f"{world / 'reward.py'}:short"],
         "checkpoint_every": 1,
         "preferences": {"prompts": 12, "heldout": 4, "samples": 3},
-        "reward_model": dict(stage),
+        "reward_model": stage | {"pool": "last"},
         "dpo": dict(stage),
         "evaluation": {"prompts": 6, "batch": 4, "best_of": [2]},
     } | {name: stage | {"samples": 2} for name in ("grpo", "ppo", "online_dpo", "raft")}
