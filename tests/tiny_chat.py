@@ -39,7 +39,8 @@ def write_chat_model(folder: Path) -> Path:
     params = jax.jit(decoder(shape).init)(jax.random.key(0))
     table = np.array(params["embedding"])
     table[end] = table.sum(axis=0) * 0.3  # likely after anything
-    table[-ALIKE:] = 1.2 * table[end]  # likelier still, and never to be drawn
+    # Likelier still, whichever sign the end's logit has, and never to be drawn.
+    table[-ALIKE:] = 2.0 * np.stack([table[end], -table[end], table[end]])
     save_pretrained(folder, shape, params | {"embedding": table})
     return folder
 
