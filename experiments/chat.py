@@ -122,7 +122,7 @@ class Config(HostRewards):
 
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages and writes RUN/policy; returns the numbers of summary.json."""
-    from experiments.stages import chat_runs, evaluation, export, host_reward, report
+    from experiments.stages import evaluation, export, host_reward, report, reward_runs
     from rlhfjax.report import write_report
 
     name, stage = config.algorithm, getattr(config, config.algorithm)
@@ -130,7 +130,7 @@ def run(config: Config, folder) -> dict[str, float]:
     if config.reward == "given" and name not in ("grpo", "ppo"):
         raise ValueError(f'algorithm={name!r} is for a learned reward: give reward="learned" too')
     with host_reward.open_pool(config) as pool:  # early: a reward that cannot be found should cost nothing
-        runs = chat_runs.on_given_reward if config.reward == "given" else chat_runs.on_learned_reward
+        runs = reward_runs.on_given_reward if config.reward == "given" else reward_runs.on_learned_reward
         made = runs(config, name, stage, pool, folder)
         found = evaluation.evaluate_policies(
             config.evaluation,

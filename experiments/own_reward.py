@@ -33,39 +33,26 @@ class Config(HostRewards):
 
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages; returns the numbers of summary.json."""
-    from experiments.stages import evaluation, finetune, host_reward, policy, report, text
+    from experiments.stages import evaluation, host_reward, report, reward_runs
     from rlhfjax.report import write_report
 
     name, stage = config.algorithm, getattr(config, config.algorithm)
-    loaded = text.open_text(config.text)
-    train = loaded.load("train")
-    sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed, finetuned=config.sft.steps > 0)
-    policy.check(stage, len(rl_rows))
-    heldout = loaded.load("validation")  # early: a missing split should not cost the training
-    with host_reward.open_pool(config) as pool:  # early too: so should no reward that cannot be found
-        reference = finetune.finetune(config.sft, loaded, train, sft_rows, folder)
-        at_once = stage.prompts * stage.samples
-        gold = host_reward.judge(pool, train, at_once)
-        problem = policy.Problem(loaded, reference, None, None, train, rl_rows, gold)
-
-        def learner(lm):
-            if name == "grpo":
-                return policy.grpo_learner(lm, config.grpo, problem)
-            return policy.ppo_learner(lm, config.ppo, problem, reference)
-
-        tuned = host_reward.optimise_policy(name, stage, learner, problem, pool, folder, config)
+    start = "sft" if config.sft.steps else "base"
+    with host_reward.open_pool(config) as pool:  # early: a reward that cannot be found should cost nothing
+        made = reward_runs.on_given_reward(config, name, stage, pool, folder)
         found = evaluation.evaluate_policies(
             config.evaluation,
-            loaded,
-            reference,
-            {name: text.Writer(tuned)},
-            None,
-            None,
-            lambda examples: host_reward.judge(pool, examples, at_once),
+            made.text,
+            made.reference,
+            {name: made.tuned},
+            made.reward,
+            made.reward_params,
+            made.gold_of,
             folder,
             temperature=stage.temperature,
+            start=start,
         )
-    comparisons = evaluation.compare(found, stage.temperature, name)
+    comparisons = evaluation.compare(found, stage.temperature, name, start)
     write_report(
         folder.path,
         f"{name} on {', '.join(reward.rpartition(':')[2] for reward in config.rewards)}, seed {folder.seed}",
@@ -74,7 +61,7 @@ def run(config: Config, folder) -> dict[str, float]:
                 {"validation": found}, {"validation": comparisons}, "the reward", stage.temperature
             ),
             report.policy_optimisation_section(folder, "the reward", name, ahead=config.ahead),
-            report.text_section(found, heldout, stage.temperature),
+            report.text_section(found, made.text.load("validation"), stage.temperature),
         ],
     )
     return report.summarise(found, comparisons, "validation")

@@ -1,5 +1,6 @@
 """GGUF: every quantisation against a loop, whole models of each architecture, their tokenizers, damaged files."""
 
+import dataclasses
 import json
 import os
 from importlib.util import find_spec
@@ -15,9 +16,10 @@ from tiny_tokenizers import BYTE_LEVEL, KINDS
 pytest.importorskip("gguf")
 
 from rlhfjax.config import Decoder, RopeScaling
-from rlhfjax.data import end_of_turn
+from rlhfjax.data import CHATML, end_of_turn
 from rlhfjax.generation import Sampling, generate, sample_keys
 from rlhfjax.networks import decoder
+from rlhfjax.pretrained import convert, open_model
 from rlhfjax.pretrained import gguf as module
 from rlhfjax.pretrained.gguf import gguf_chat_template, gguf_tokenizer, load_gguf, read_gguf
 
@@ -306,6 +308,21 @@ def test_a_byte_level_tokenizer_is_built_from_the_metadata(tmp_path):
     assert (tokenizer.eos_id, tokenizer.stop_ids, tokenizer.prefix_ids) == (2, (2, 4), ())
     chat = gguf_chat_template(file).encode(tokenizer, [{"role": "user", "content": "the </s>"}])
     assert (chat.ids[0], chat.ids[-1], chat.ids.count(2)) == (1, 2, 1)
+
+
+def test_a_gguf_file_is_opened_and_converted_with_its_tokenizer(tmp_path):
+    config = dataclasses.replace(SHAPE, vocab_size=BYTE_LEVEL.get_vocab_size() + 3)
+    params = random_params(config)
+    about = metadata("llama", config) | tokenizer_metadata(tokenizer__chat_template=CHATML)
+    file = write_gguf(tmp_path / "a.gguf", about, arrays_of("llama", config, params))
+    opened = open_model(file)
+    assert opened.config.vocab_size == config.vocab_size and len(opened.unused_tokens) == 3
+    convert(file, tmp_path / "out", dtype="float32")
+    again = open_model(tmp_path / "out")
+    assert again.stop_tokens == opened.stop_tokens and again.template == opened.template
+    assert again.tokenizer.encode("the cat 2+2") == opened.tokenizer.encode("the cat 2+2")
+    for one, other in zip(jax.tree.leaves(again.params), jax.tree.leaves(opened.params), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

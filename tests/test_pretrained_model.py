@@ -89,6 +89,30 @@ def test_drawn_answers_differ_and_come_again_with_their_seed(model):
     assert first == again != other and len(set(first)) > 1
 
 
+@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_settings_out_of_range_are_told(model, settings):
+    with pytest.raises(ValueError, match="temperature=.* must be at least 0"):
+        Answerer(model, **settings)
+
+
+def test_what_cannot_be_written_is_told_and_nothing_is_lost(model, folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file; give the name of a folder"):
+        convert(folder, tmp_path / "file")
+    whole = shutil.copytree(folder, tmp_path / "model")
+    with pytest.raises(ValueError, match="shard_bytes=0 must be at least 1"):
+        convert(whole, whole, shard_bytes=0)
+    lora = LoRA(rank=2)
+    adapters = compiled(lambda key: init_lora(key, model.params, lora), jax.random.key(1))
+    # An adapter beside a model's weights leaves them, and one that cannot be saved leaves the adapter.
+    save_peft(whole, model.config, lora, adapters, base_name="owner/base")
+    before = {file.name: file.read_bytes() for file in whole.iterdir()}
+    assert "model.safetensors" in before and "adapter_model.safetensors" in before
+    with pytest.raises(ValueError, match="rank"):
+        save_peft(whole, model.config, LoRA(rank=3), adapters, base_name="owner/base")
+    assert {file.name: file.read_bytes() for file in whole.iterdir()} == before
+
+
 def test_a_conversation_too_long_is_told(model):
     with pytest.raises(ValueError, match="leave room for 88 in the model's 128"):
         Answerer(model, max_new_tokens=40)([{"role": "user", "content": "cat 12 " * 60}])
@@ -202,7 +226,8 @@ class Hub(SimpleNamespace):
         errors = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in names})
         super().__init__(asked=[], errors=errors, outcome=outcome, __spec__=object())
 
-    def snapshot_download(self, name, *, revision, allow_patterns):
+    def snapshot_download(self, name, *, revision, allow_patterns, ignore_patterns):
+        assert not {"*.safetensors", "*.json"} & set(ignore_patterns)
         self.asked.append((name, revision, allow_patterns))
         if isinstance(self.outcome, Exception):
             raise self.outcome

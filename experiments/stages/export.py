@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from experiments.assets import asset
 from experiments.stages.text import Text
 from rlhfjax.data import PretrainedTokenizer, save_tokenizer
 from rlhfjax.networks import merge_lora
@@ -78,7 +79,9 @@ def export_reward_model(text: Text, params: dict, folder: RunFolder, *, rewards:
 
 
 def _base_name(text: Text) -> str:
-    return text.config.base
+    """The base as it can be opened from anywhere: a path is made absolute, other names stay."""
+    name = asset(text.config.base)
+    return str(name.resolve()) if name.exists() else text.config.base
 
 
 def _save_tokenizer(text: Text, directory: Path) -> None:

@@ -66,8 +66,8 @@ def policy_section(found: Sequence[Policy], gold_name: str, split: str, temperat
     ]
     text = (
         f"Each policy on the same {len(found[0].gold)} prompts of the {split} split, one completion a prompt; 95 % "
-        "bootstrap intervals over prompts. KL is from the policy before at the temperature of the rollouts, "
-        f"{temperature:g}."
+        "bootstrap intervals over prompts. KL is from the policy that it started from, at the temperature of the "
+        f"rollouts, {temperature:g}."
     )
     return Section(f"All policies, {split} split", text, Table(header, rows))
 
@@ -260,7 +260,7 @@ def frontier_section(found: Sequence[Policy], folder: RunFolder, gold_name: str)
     return Section(
         "What was gained, and its price",
         "Greedy decoding is left out: its KL is that of a point mass and dwarfs the rest.",
-        figures=[(figure, f"{gold_name} against KL from the fine-tuned policy")],
+        figures=[(figure, f"{gold_name} against KL from the policy that it started from")],
     )
 
 

@@ -102,8 +102,10 @@ def _chat(command: Chat) -> None:
         return
     while line := _next_line():
         said.append({"role": "user", "content": line})
-        said.append({"role": "assistant", "content": answer(said)})
-        print(said[-1]["content"], flush=True)
+        text = answer(said)
+        print(text, flush=True)
+        # A turn without a word is none: templates do not take it.
+        said = [*said, {"role": "assistant", "content": text}] if text else said[:-1]
 
 
 def _next_line() -> str:

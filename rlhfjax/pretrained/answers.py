@@ -23,7 +23,8 @@ class Answerer:
       temperature: 0 takes the most likely token at every step.
       seed: of the draws; each answer takes a key of its own.
 
-    Raises ValueError for a model without a chat template, and for a conversation that leaves no room in its context.
+    Raises ValueError for a model without a chat template, a temperature or top_p out of range, and a conversation that
+    leaves no room in its context.
     """
 
     def __init__(
@@ -39,6 +40,10 @@ class Answerer:
             raise ValueError(
                 f"{model.source} has no chat template: it is no chat model. Put one into its folder as "
                 "chat_template.jinja, if you know in what form it was trained"
+            )
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ValueError(
+                f"temperature={temperature} must be at least 0 (greedy), top_p={top_p} above 0 and at most 1"
             )
         self._model, self._template, self._new = model, model.template, max_new_tokens
         sampling = Sampling(

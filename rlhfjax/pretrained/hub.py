@@ -9,6 +9,7 @@ PACKAGE = "package:"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What is read of a repository: no weights in other formats, no second copy.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_LEFT = ["consolidated*", "original/*", "onnx/*"]  # the same weights again, as some publish them beside these
 
 
 def find_model(name: str | Path, *, revision: str | None = None) -> Path:
@@ -60,7 +61,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
     hub = import_module("huggingface_hub")
     errors = import_module("huggingface_hub.errors")
     try:
-        return Path(hub.snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
+        return Path(
+            hub.snapshot_download(name, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=_LEFT)
+        )
     except errors.GatedRepoError as error:
         raise FileNotFoundError(
             f"{name} asks to accept its terms first: do so on its page, then `hf auth login`"

@@ -32,6 +32,7 @@ from rlhfjax.pretrained.weights_files import (
     json_writer,
     open_weights,
     read_json,
+    remove_other_weights,
     weight_files,
     write_folder,
 )
@@ -350,6 +351,8 @@ def _write(
     shard_bytes: int,
     like: str | Path | None,
 ) -> None:
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes={shard_bytes} must be at least 1")
     arrays = _flat(params)
     expected = {weight.path: weight.shape for weight in weights}
     for path, shape in expected.items():
@@ -385,3 +388,4 @@ def _write(
             if origin.exists():
                 files[name] = lambda file, origin=origin: shutil.copyfile(origin, file)
     write_folder(directory, files)
+    remove_other_weights(directory, files)

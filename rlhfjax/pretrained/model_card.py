@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from rlhfjax.pretrained.weights_files import write_folder
+
 CARD = "README.md"
 
 
@@ -45,7 +47,8 @@ def write_model_card(
         *(f"{note}\n" for note in notes),
         _usage(library, base),
     ]
-    (Path(directory) / CARD).write_text("\n".join(part for part in parts if part))
+    text = "\n".join(part for part in parts if part)
+    write_folder(Path(directory), {CARD: lambda file: file.write_text(text)})
 
 
 def card_of_merged(card: str, base: str) -> str:

@@ -19,7 +19,7 @@ from rlhfjax.networks.layers import LORA_A, LORA_B, PROJECTIONS, kernel_shape, p
 from rlhfjax.pretrained.families import Family, find_family
 from rlhfjax.pretrained.families_config import choose_family
 from rlhfjax.pretrained.weights import Weight, weights_of
-from rlhfjax.pretrained.weights_files import read_json
+from rlhfjax.pretrained.weights_files import json_writer, read_json, write_folder
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."  # before the names that the base has
@@ -80,9 +80,6 @@ def save_peft(
         targets[path[-1]] = _target(found, ".".join(path[1:]), adapted)
     if own or not weights:
         raise ValueError(f"a {found.model_type} of this config has no projections {sorted(own)} to adapt")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     alpha = float(lora.alpha)
     raw = {
         "peft_type": "LORA",
@@ -97,7 +94,13 @@ def save_peft(
         "fan_in_fan_out": found.inputs_first,
         "bias": "none",
     }
-    (directory / CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+    write_folder(
+        Path(directory),
+        {
+            WEIGHTS: lambda file: save_file(weights, file, metadata={"format": "pt"}),
+            CONFIG: json_writer(raw),
+        },
+    )
 
 
 def adapter_base(directory: str | Path) -> str | None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +108,9 @@ def json_writer(content: dict[str, Any]) -> Callable[[Path], Any]:
 
 def write_folder(directory: Path, files: dict[str, Callable[[Path], Any]]) -> None:
     """Writes all the files, in a folder within, and moves them in place once the last is whole: what stops it before
-    leaves an earlier checkpoint as it was. Weights of an earlier one that are not among the files are then deleted."""
+    leaves an earlier checkpoint as it was. ValueError where `directory` is a file."""
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file; give the name of a folder")
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as name:
         temporary = Path(name)
@@ -120,7 +122,11 @@ def write_folder(directory: Path, files: dict[str, Callable[[Path], Any]]) -> No
         for file in files:
             (temporary / file).chmod(usual)
             os.replace(temporary / file, directory / file)
+
+
+def remove_other_weights(directory: Path, kept: Container[str]) -> None:
+    """Deletes the weights of an earlier checkpoint that are not among the files `kept`."""
     for old in (WEIGHTS, INDEX, "model-*-of-*.safetensors"):
         for file in directory.glob(old):
-            if file.name not in files:
+            if file.name not in kept:
                 file.unlink()

@@ -1,4 +1,5 @@
-"""The two ways to a tuned chat model: by the given reward itself, or by a reward model of pairs that it labelled."""
+"""The two ways to a policy tuned to functions of texts: by these themselves, or by a reward model of pairs that they
+labelled."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ from experiments.stages.text import Examples, Text, Writer
 from rlhfjax.report import Section
 from rlhfjax.rewards import RewardPool
 from rlhfjax.run_folder import RunFolder
+
+# Prompts whose samples are handed to the reward at a time, where there is no iteration to take the number from.
+_PROMPTS_AT_ONCE = 16
 
 
 class Made(NamedTuple):
@@ -50,7 +54,7 @@ def on_learned_reward(
     config: Any, name: str, stage: methods.Stage, pool: RewardPool, folder: RunFolder
 ) -> Made:
     """Labels pairs by the functions, learns a reward model of them, and optimises that."""
-    gold_of = _gold_of(pool, config.preferences.samples * 16)
+    gold_of = _gold_of(pool, config.preferences.samples * _PROMPTS_AT_ONCE)
     prepared = prepare(
         config.text,
         config.sft,
