@@ -7,6 +7,7 @@ not) are static. Log-probabilities, KL divergences and entropies are in nats eve
 """
 
 from rlhfjax.config.control import ControlDQN, ControlPPO, ControlPQN, ControlTabular
+from rlhfjax.config.mesh import Mesh
 from rlhfjax.config.networks import MLP, Decoder, Enumerable, RopeScaling
 from rlhfjax.config.policies import DPO, GRPO, KTO, PPO
 from rlhfjax.config.training import SFT, LoRA, Optimizer, RewardModel
@@ -26,6 +27,7 @@ __all__ = [
     "KTO",
     "LoRA",
     "MLP",
+    "Mesh",
     "Optimizer",
     "PPO",
     "PQN",
