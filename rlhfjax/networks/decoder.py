@@ -51,6 +51,15 @@ class LayerCache(NamedTuple):
 
 Cache = tuple[LayerCache, ...]
 
+# (activation, a letter for each of its axes) -> the activation, laid over devices; see `decoder`.
+Place = Callable[[jax.Array, str], jax.Array]
+
+
+def _anywhere(x: jax.Array, axes: str) -> jax.Array:
+    del axes
+    return x
+
+
 _FEW_ROWS = 16  # up to which `matrix_first` is faster with the embedding of a vocabulary
 
 
@@ -96,6 +105,7 @@ class Attention(nn.Module):
 
     config: Config
     window: int = 0
+    place: Place = _anywhere
 
     @nn.compact
     def __call__(self, x_BTD, position_BT, mask_BTS, cache: LayerCache | None, slot):
@@ -103,13 +113,20 @@ class Attention(nn.Module):
         batch, length, _ = x_BTD.shape
         size = config.head_size
 
-        def project(name, heads):
+        # In training the tokens of a row may be split over devices, while decoding there are none to split.
+        lead = "BT" if cache is None else "R-"
+
+        def project(name, heads, axis):
             out = Projection(heads * size, config.attention_bias, config.width**-0.5, name=name)(x_BTD)
-            return out.reshape(batch, length, heads, size)
+            return self.place(out.reshape(batch, length, heads, size), f"{lead}{axis}-")
 
         query, key, value = (
-            project(name, heads)
-            for name, heads in (("query", config.heads), ("key", config.kv_heads), ("value", config.kv_heads))
+            project(name, heads, axis)
+            for name, heads, axis in (
+                ("query", config.heads, "H"),
+                ("key", config.kv_heads, "N"),
+                ("value", config.kv_heads, "N"),
+            )
         )
         if config.qk_norm:
             query, key = _norm(config, "query_norm")(query), _norm(config, "key_norm")(key)
@@ -127,6 +144,9 @@ class Attention(nn.Module):
             value = write(cache.value, value.astype(cache.value.dtype), slot, axis=2)
             if cache.position is not None:
                 key_position_BS = write(cache.position, position_BT.astype(jnp.int32), slot, axis=1)
+        # Each device has all keys that its queries may see.
+        key, value = (self.place(x, f"{lead[0]}N--") for x in (key, value))
+        if cache is not None:
             cache = LayerCache(key, value, None if cache.position is None else key_position_BS)
         if self.window and self.window < _longest(mask_BTS):
             mask_BTS = as_array(mask_BTS) & within_window(position_BT, key_position_BS, self.window)
@@ -156,11 +176,13 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 class MLP(nn.Module):
     config: Config
+    place: Place = _anywhere
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, lead: str) -> jax.Array:
         config = self.config
         inner = Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="gate")(x)
+        inner = self.place(inner, f"{lead}F")
         inner = _ACTIVATIONS[config.activation](inner)
         if config.gated_mlp:
             inner = inner * Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="up")(x)
@@ -171,21 +193,26 @@ class MLP(nn.Module):
 class Block(nn.Module):
     config: Config
     window: int = 0
+    place: Place = _anywhere
 
     @nn.compact
     def __call__(self, x, position, mask, cache, slot):
         config = self.config
+        lead = "BT" if cache is None else "R-"
 
         def after(name: str, out: jax.Array) -> jax.Array:
             return _norm(config, name)(out) if config.post_norms else out
 
-        attended, cache = Attention(config, self.window, name="attention")(
+        attended, cache = Attention(config, self.window, self.place, name="attention")(
             _norm(config, "attention_norm")(x), position, mask, cache, slot
         )
         attended = after("attention_post_norm", attended)
         read = x if config.parallel_blocks else x + attended
-        out = after("mlp_post_norm", MLP(config, name="mlp")(_norm(config, "mlp_norm")(read)))
-        return (x + attended + out if config.parallel_blocks else read + out), cache
+        out = after(
+            "mlp_post_norm", MLP(config, self.place, name="mlp")(_norm(config, "mlp_norm")(read), lead)
+        )
+        out = x + attended + out if config.parallel_blocks else read + out
+        return self.place(out, f"{lead}-"), cache
 
 
 # What the backward pass of a block computes again.
@@ -199,6 +226,7 @@ _REMAT: dict[str, Callable[[type[Block]], type[Block]]] = {
 
 class _Decoder(nn.Module):
     config: Config
+    place: Place = _anywhere
 
     @nn.compact
     def __call__(self, token_BT, position_BT, mask_BTS, cache: Cache | None, slot):
@@ -212,6 +240,7 @@ class _Decoder(nn.Module):
         if config.positions == "learned":
             table = self.param("positions", normal, (config.max_positions, config.width))
             x = x + table[position_BT].astype(dtype)
+        x = self.place(x, "BT-" if cache is None else "R--")
         if not config.tie_embeddings:
             self.param("unembedding", normal, (config.vocab_size, config.width))
         block = _REMAT[config.remat](Block)
@@ -219,7 +248,7 @@ class _Decoder(nn.Module):
         for layer in range(config.layers):
             layer_cache = None if cache is None else cache[layer]
             window = config.windows[layer] if config.windows else 0
-            x, layer_cache = block(config, window, name=f"layer_{layer}")(
+            x, layer_cache = block(config, window, self.place, name=f"layer_{layer}")(
                 x, position_BT, mask_BTS, layer_cache, slot
             )
             new_cache.append(layer_cache)
@@ -227,10 +256,14 @@ class _Decoder(nn.Module):
         return hidden, (None if cache is None else tuple(new_cache))
 
 
-def decoder(config: Config) -> LanguageModel:
-    """Builds the pure functions of a decoder. Raises ValueError where the configuration contradicts itself."""
+def decoder(config: Config, *, place: Place = _anywhere) -> LanguageModel:
+    """Builds the pure functions of a decoder. Raises ValueError where the configuration contradicts itself.
+
+    place: lays activations over devices: `mesh.activations(mesh)`. It gets a letter for each axis:
+      B rows and T tokens of training, R rows while decoding, H and N heads, F the hidden layer of the MLP, - any other.
+    """
     _check(config)
-    module = _Decoder(config)
+    module = _Decoder(config, place)
 
     def init(key: jax.Array) -> dict:
         key_layers, key_rest = jax.random.split(key)
@@ -282,6 +315,8 @@ def decoder(config: Config) -> LanguageModel:
             found = matrix_first(table, rows).reshape(*hidden.shape[:-1], -1)
         else:
             found = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        if found.ndim == 3:
+            found = place(found, "R--")  # whole over the vocabulary: a token is drawn from all of it
         cap = config.logit_softcap
         return found if cap is None else cap * jnp.tanh(found / cap)
 
@@ -290,8 +325,8 @@ def decoder(config: Config) -> LanguageModel:
         # Separate arrays, so that a caller may donate them all.
         return tuple(
             LayerCache(
-                jnp.zeros((batch, heads, size, slots), dtype),
-                jnp.zeros((batch, heads, slots, size), dtype),
+                place(jnp.zeros((batch, heads, size, slots), dtype), "RN--"),
+                place(jnp.zeros((batch, heads, slots, size), dtype), "RN--"),
                 jnp.zeros((batch, slots), jnp.int32) if window else None,
             )
             for window in config.windows or (0,) * config.layers
