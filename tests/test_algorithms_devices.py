@@ -131,31 +131,3 @@ def test_sharded_batch_gives_the_same_step_and_work_is_split_not_repeated(name, 
     assert ROWS // parts // DEVICES * per_row in sizes
     too_large = [size for size in sizes if size % per_row == 0 and size > ROWS // parts // DEVICES * per_row]
     assert too_large == []
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_shard_map_equals_one_device(name, check_vma, mesh):
-    """`axis_name` inside shard_map, with and without its tracking of which values differ between devices."""
-    make, evaluate, config, _, batch = CASES[name]
-    algorithm = make(evaluate, SGD, config, axis_name="data")
-    everywhere, split = PartitionSpec(), PartitionSpec("data")
-    update = jax.shard_map(
-        algorithm.update,
-        mesh=mesh,
-        in_specs=(everywhere, split, everywhere),
-        out_specs=everywhere,
-        check_vma=check_vma,
-    )
-    got = jax.jit(update)(algorithm.init(initial_params()), batch, jax.random.key(0))
-    assert_same_step(got, on_one_device(name, 0))
-
-
-def test_pmap_equals_one_device():
-    make, evaluate, config, _, batch = CASES["ppo"]
-    algorithm = make(evaluate, SGD, config, axis_name="data")
-    split = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batch)
-    update = jax.pmap(algorithm.update, "data", in_axes=(None, 0, None))
-    stacked = update(algorithm.init(initial_params()), split, jax.random.key(0))
-    for device in (0, DEVICES - 1):
-        assert_same_step(jax.tree.map(lambda x, d=device: x[d], stacked), on_one_device("ppo", 0))
