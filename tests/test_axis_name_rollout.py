@@ -6,6 +6,7 @@ place all devices' states and metrics are looked at.
 """
 
 from functools import cache, partial
+from typing import Any
 
 import chex
 import jax
@@ -15,11 +16,12 @@ import optax
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from rlhfjax.algorithms import grpo, ppo
+from rlhfjax.algorithms import Algorithm, grpo, ppo
 from rlhfjax.config import GRPO, PPO, Decoder
 from rlhfjax.generation import Sampling, generate, generate_refilled, sample_keys
 from rlhfjax.networks import decoder, init_scalar_head
 from rlhfjax.recipes import (
+    RLHF,
     Frozen,
     Prompts,
     grpo_batch,
@@ -98,10 +100,6 @@ def by_vmap(f, split: tuple[bool, ...]):
 ROADS = {"shard_map": by_shard_map, "pmap": by_pmap, "vmap": by_vmap}
 
 
-def slow_but(quick: str):
-    return [pytest.param(road, marks=() if road == quick else pytest.mark.slow) for road in ROADS]
-
-
 def joined(tree):
     return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), tree)
 
@@ -131,8 +129,9 @@ def on_one_device():
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [None, 3])
-@pytest.mark.parametrize("road", slow_but("shard_map"))
+@pytest.mark.parametrize("road", ROADS)
 def test_every_road_draws_the_tokens_of_one_device(road, slots):
     """One key on all devices; a completion's own comes from its prompt's number. Each device has a queue of its own."""
     f = ROADS[road](partial(roll_out, slots=slots), (False, True, False))
@@ -152,19 +151,17 @@ def even(params, branches):
     )
 
 
-def composed(name: str, axis_name: str | None):
-    """(Algorithm, RLHF) by PPO, or by GRPO with statistics of the batch and refilled slots."""
+def composed(name: str, axis_name: str | None) -> tuple[Algorithm, RLHF]:
+    """(Algorithm, RLHF) by PPO with refilled slots, or by GRPO with statistics of the batch."""
     sgd, critic = optax.sgd(0.1), text_actor_critic(LM)
+    more: dict[str, Any] = {}
     if name == "ppo":
-        algorithm, as_batch, more = (
-            ppo.make(critic, sgd, PPO(epochs=1, whiten_rewards=True, kl_target=1.0), axis_name),
-            ppo_batch(LM, critic),
-            {},
-        )
+        algorithm = ppo.make(critic, sgd, PPO(epochs=1, whiten_rewards=True, kl_target=1.0), axis_name)
+        as_batch, more["slots"] = ppo_batch(LM, critic), 3
     else:
         config = GRPO(baseline="batch_mean", scale="batch_std", aggregation="token")
         algorithm = grpo.make(text_policy(LM), sgd, config, axis_name)
-        as_batch, more = grpo_batch(LM), {"policy": lambda params: params, "slots": 3}
+        as_batch, more["policy"] = grpo_batch(LM), lambda params: params
     rlhf = make_rlhf(
         LM,
         algorithm,
