@@ -35,7 +35,7 @@ def run(config: Config, folder) -> dict[str, float]:
     from experiments.stages.lengths import wanted_words
     from rlhfjax.report import write_report
 
-    loaded = text.open_text(config.text)
+    loaded = text.open_text(config.text, folder.mesh)
     train = loaded.load("train")
     sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed, finetuned=config.sft.steps > 0)
     policy.check(config.ppo, len(rl_rows))

@@ -55,6 +55,7 @@ def run(config: Config, folder) -> dict[str, float]:
     from rlhfjax.algorithms import evaluation_params, make_optimizer, sft
     from rlhfjax.config import SFT
     from rlhfjax.data import BPETokenizer, read_jsonl, train_bpe
+    from rlhfjax.mesh import activations, init_on, kept, make_mesh, put, put_rows
     from rlhfjax.networks import decoder, with_induction_heads
     from rlhfjax.pretrained import save_pretrained
     from rlhfjax.recipes import PackedInputs, packed_logp
@@ -79,13 +80,15 @@ def run(config: Config, folder) -> dict[str, float]:
             "at least one is needed, and a length of at least 50"
         )
     shape = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size)
-    lm = decoder(shape)
+    mesh = make_mesh(folder.mesh)
+    lm = decoder(shape, place=activations(mesh))
     algorithm = sft.make(packed_logp(lm), make_optimizer(config.optimizer, config.steps), SFT())
-    update = jax.jit(algorithm.update, donate_argnums=0)
+    update = jax.jit(kept(mesh, algorithm.update), donate_argnums=0)
     key_init, key_circuit, key_update = jax.random.split(jax.random.key(folder.seed), 3)
 
     def init():
-        return algorithm.init(with_induction_heads(key_circuit, jax.jit(lm.init)(key_init), shape))
+        params = with_induction_heads(key_circuit, jax.jit(lm.init)(key_init), shape)
+        return init_on(mesh, algorithm.init, put(mesh, params))
 
     def batch(step: int) -> sft.Batch:
         rng = np.random.default_rng([folder.seed, step])
@@ -98,7 +101,8 @@ def run(config: Config, folder) -> dict[str, float]:
         token, segment, position = (np.stack(column).astype(np.int32) for column in zip(*rows, strict=True))
         parts = token[:, :-1], token[:, 1:], position[:, :-1], segment[:, :-1]
         inputs = PackedInputs(*map(jnp.asarray, parts))
-        return sft.Batch(inputs, jnp.asarray(segment[:, 1:] == segment[:, :-1], jnp.float32))
+        weight = jnp.asarray(segment[:, 1:] == segment[:, :-1], jnp.float32)
+        return put_rows(mesh, sft.Batch(inputs, weight))
 
     state = run_stage(
         "pretrain",

@@ -34,7 +34,7 @@ def run(config: Config, folder) -> dict[str, float]:
     from experiments.stages.lengths import wanted_words
     from rlhfjax.report import markdown_table, write_report
 
-    loaded = text.open_text(config.text)
+    loaded = text.open_text(config.text, folder.mesh)
     train = loaded.load("train")
     sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed, finetuned=config.sft.steps > 0)
     grid = many.make_grid(config.ppo, config.vary, config.seeds, folder.seed)

@@ -15,6 +15,7 @@ Usage:
 With one device all of it does nothing, and costs nothing.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -44,11 +45,13 @@ _ROW = "(output|down)"  # and those whose inputs are: each device has a part of 
 # that fits is taken. Optimiser state and target networks carry their parameter's path, and are split as it is.
 RULES: tuple[Rule, ...] = (
     (rf"{_COLUMN}/kernel(_int8|_nf4)?", ("fsdp", "tensor")),
+    (rf"{_COLUMN}/kernel_transposed", ("tensor", "fsdp")),
     (rf"{_COLUMN}/kernel_scale", (None, "tensor")),
     (rf"{_COLUMN}/bias", ("tensor",)),
     (rf"{_COLUMN}/lora_a", ("fsdp", None)),
     (rf"{_COLUMN}/lora_b", (None, "tensor")),
     (rf"{_ROW}/kernel(_int8|_nf4)?", ("tensor", "fsdp")),
+    (rf"{_ROW}/kernel_transposed", ("fsdp", "tensor")),
     (rf"{_ROW}/kernel_scale", (None, "fsdp")),
     (rf"{_ROW}/bias", (None,)),
     (rf"{_ROW}/lora_a", ("tensor", None)),
@@ -70,10 +73,11 @@ RULES: tuple[Rule, ...] = (
 _LETTERS: Mapping[str, str | tuple[str, ...]] = {
     "B": ("data", "fsdp"),  # rows of a batch
     "T": "sequence",  # tokens of a row
-    "R": ROWS,  # rows whose tokens are few or one at a time, in prefill and decoding
+    "R": ROWS,  # rows outside of the blocks, and in prefill and decoding, where their tokens are few
     "H": "tensor",  # query heads
     "N": "tensor",  # key-value heads
     "F": "tensor",  # the hidden layer of an MLP
+    "V": "tensor",  # the vocabulary
 }
 
 
@@ -89,16 +93,20 @@ def make_mesh(
     several slices (TPU pods joined by a network), `data` spans them.
 
     Args:
-      devices: None: all that JAX has, of all processes.
+      devices: None: all that JAX has, of all processes; of a CPU, where `config.data` is left open, one.
       state_bytes: what parameters, gradients and optimiser state take together, for the choice of `fsdp`: as few
         devices as hold it in half of their memory.
 
     Raises ValueError where the axes ask for more devices than there are, or leave some idle.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is None:
+        devices = jax.devices()
+        # Virtual devices of one CPU share its cores: splitting work over them gains nothing, unless it is asked for.
+        if not config.data and devices[0].platform == "cpu" and jax.process_count() == 1:
+            config = dataclasses.replace(config, data=1)
     shape = _resolved(config, devices, state_bytes)
     count = math.prod(shape)
-    return Devices(_arranged(shape, devices[:count]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Devices(_arranged(shape, list(devices)[:count]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings(mesh: Devices, tree: PyTree, rules: Sequence[Rule] = RULES) -> PyTree:
@@ -162,7 +170,7 @@ def put_rows(mesh: Devices, tree: Tree, *, what: str = "batch") -> Tree:
 
 def check_rows(mesh: Devices, count: int, *, what: str = "batch") -> None:
     """Raises ValueError where so many rows cannot be split evenly."""
-    parts = math.prod(mesh.shape[axis] for axis in ROWS)
+    parts = row_parts(mesh)
     if count % parts:
         axes = " x ".join(f"{axis} {mesh.shape[axis]}" for axis in ROWS if mesh.shape[axis] > 1)
         raise ValueError(
@@ -171,15 +179,17 @@ def check_rows(mesh: Devices, count: int, *, what: str = "batch") -> None:
         )
 
 
-def init_on(mesh: Devices, init: Callable[[], Tree], rules: Sequence[Rule] = RULES) -> Tree:
-    """What `init()` makes, laid over the mesh by `shardings`; no device holds more than its part on the way.
+def init_on(
+    mesh: Devices, init: Callable[..., Tree], *arguments: PyTree, rules: Sequence[Rule] = RULES
+) -> Tree:
+    """What `init(*arguments)` makes, laid over the mesh by `shardings`; no device holds more than its part on the way.
 
-    What `init` closes over becomes constants of a program: arrays that lie on the mesh already belong in its arguments
-    (`functools.partial` under a `jax.jit` of one's own with `out_shardings`).
+    Large arrays belong in the arguments: what `init` closes over becomes constants of a program.
     """
     if mesh.size == 1:
-        return init()
-    return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init), rules))()
+        return init(*arguments)
+    where = shardings(mesh, jax.eval_shape(init, *arguments), rules)
+    return jax.jit(init, out_shardings=where)(*arguments)
 
 
 def kept(mesh: Devices, update: Callable[..., Any], rules: Sequence[Rule] = RULES) -> Callable[..., Any]:
@@ -218,6 +228,53 @@ def activations(mesh: Devices) -> Callable[[jax.Array, str], jax.Array]:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
 
     return place
+
+
+def each_on_its_rows(mesh: Devices, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(params, *batches) -> batch`, for loops that end at another time on each device, such as
+    `generate_refilled`: each device (each group of them along `tensor`) is given its own rows, and params that are
+    whole over the other axes, gathered before the loop.
+    """
+    if mesh.size == 1:
+        return function
+
+    def on_mesh(params: PyTree, *batches: PyTree) -> PyTree:
+        of_rows = PartitionSpec(ROWS)
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *(of_rows,) * len(batches)),
+            out_specs=of_rows,
+            axis_names=set(ROWS),
+            check_vma=False,
+        )(params, *batches)
+
+    return on_mesh
+
+
+def row_parts(mesh: Devices) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def gathered_to_decode(mesh: Devices, lm: Tree) -> Tree:
+    """A language model whose parameters are gathered over `fsdp` once, before the loop that decodes, in the type that
+    computes: otherwise every layer is gathered for every token. Each device must have room for them, a part of them
+    where `tensor` splits them.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return lm
+
+    def for_decoding(params: PyTree) -> PyTree:
+        params = lm.for_decoding(params)  # pyright: ignore[reportAttributeAccessIssue]
+        where = shardings(mesh, params, [(path, tuple(_but_fsdp(split))) for path, split in RULES])
+        return jax.lax.with_sharding_constraint(params, where)
+
+    return lm._replace(for_decoding=for_decoding)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _but_fsdp(split: tuple[str | None, ...]) -> list[str | None]:
+    return [None if axis == "fsdp" else axis for axis in split]
 
 
 def fetch(tree: Tree) -> Tree:
@@ -327,6 +384,10 @@ def _resolved(config: Config, devices: Sequence[Any], state_bytes: float) -> tup
 
 def _fewest(most: int, state_bytes: float, device: Any) -> int:
     """The least divisor of `most` among so many of which a state takes half of a device's memory; or `most`."""
+    if device.process_index != jax.process_index():
+        device = jax.local_devices(backend=device.platform)[
+            0
+        ]  # of another process's device nothing can be asked
     stats = device.memory_stats() or {}
     memory = stats.get("bytes_limit", math.inf)
     fitting = (n for n in range(1, most + 1) if most % n == 0 and state_bytes / n <= memory / 2)

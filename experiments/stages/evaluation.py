@@ -16,6 +16,7 @@ from experiments.loop import run_once
 from experiments.stages.configs import EvaluationStage as Config
 from experiments.stages.preferences import BRANCHES, Gold, column_groups, sample_policy
 from experiments.stages.text import Examples, Text, Writer
+from rlhfjax.mesh import fetch
 from rlhfjax.networks import Branches, LanguageModel
 from rlhfjax.recipes import completion_logp
 from rlhfjax.report import Interval, bootstrap_interval, paired_difference_interval
@@ -126,14 +127,14 @@ def _scorer(text, reference, reward, reward_params, examples: Examples, batch: i
             prompts = text.batch(examples, rows[padded])
             for columns in column_groups(samples):
                 filled = np.resize(columns, min(samples, BRANCHES))
-                completions = (out[name][padded][:, filled] for name in ("token_BGC", "mask_BGC"))
-                branches = Branches(*prompts[:2], *map(jnp.asarray, completions))
+                token, mask = (jnp.asarray(out[x][padded][:, filled]) for x in ("token_BGC", "mask_BGC"))
+                branches = Branches(*prompts[:2], *text.rows((token, mask)))
                 cell = np.ix_(index, columns)
                 shape = len(index), len(columns)
                 if rewards is not None:
-                    total[0][cell] = np.asarray(rewards(reward_params, branches))[: shape[0], : shape[1]]
+                    total[0][cell] = fetch(rewards(reward_params, branches))[: shape[0], : shape[1]]
                 if not set(kept).isdisjoint(columns):
-                    total[1][cell] = np.asarray(logp_ref(reference, branches))[: shape[0], : shape[1]]
+                    total[1][cell] = fetch(logp_ref(reference, branches))[: shape[0], : shape[1]]
         return None if rewards is None else total[0], total[1]
 
     return score

@@ -36,7 +36,7 @@ def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, f
         token = packed.token_RT[index]
         weight = packed.completion_RT[index] + config.prompt_weight * packed.prompt_RT[index]
         parts = token[:, :-1], token[:, 1:], packed.position_RT[index], packed.segment_RT[index]
-        return sft.Batch(PackedInputs(*map(jnp.asarray, parts)), jnp.asarray(weight, jnp.float32))
+        return text.rows(sft.Batch(PackedInputs(*map(jnp.asarray, parts)), jnp.asarray(weight, jnp.float32)))
 
     def step(state, batch, i):
         state, metrics = update(state, batch, jax.random.fold_in(key, i))
@@ -45,7 +45,7 @@ def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, f
     state = run_stage(
         "sft",
         folder=folder,
-        init=lambda: algorithm(text.lm).init(start()),
+        init=lambda: text.init(algorithm(text.lm).init, start()),
         step=step,
         batch=batch,
         steps=config.steps,

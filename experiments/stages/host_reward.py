@@ -22,6 +22,7 @@ from experiments.stages.text import Examples
 from rlhfjax.algorithms import evaluation_params
 from rlhfjax.data import batch_indices
 from rlhfjax.generation import Generation
+from rlhfjax.mesh import from_own_rows, own_rows
 from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import RLHF, Frozen, Iteration, Prompts
 from rlhfjax.rewards import HostReward, RewardPool
@@ -140,15 +141,18 @@ def optimise_policy(
     learner, ahead = make_learner(text.lm), rewards.ahead
     waited = [0.0]  # seconds, of the step at hand
 
-    def score(prompts: Prompts, generation: Generation) -> Callable[[], np.ndarray]:
-        texts = text.decode(np.asarray(generation.token_BGC), np.asarray(generation.mask_BGC))
-        scores = _submit(pool, examples, np.asarray(prompts.index_B), texts)
+    def score(prompts: Prompts, generation: Generation) -> Callable[[], jax.Array]:
+        # Of several processes each scores the completions that its own devices hold.
+        (token_BGC, _), (mask_BGC, _), (index_B, _) = map(
+            own_rows, (generation.token_BGC, generation.mask_BGC, prompts.index_B)
+        )
+        scores = _submit(pool, examples, index_B, text.decode(token_BGC, mask_BGC))
 
-        def wait() -> np.ndarray:
+        def wait() -> jax.Array:
             start = time.perf_counter()
             found = scores()
             waited[0] = time.perf_counter() - start
-            return found
+            return from_own_rows(text.mesh, np.asarray(found, np.float32), config.prompts)
 
         return wait
 
@@ -166,7 +170,7 @@ def optimise_policy(
         return text.batch(examples, rows), jax.random.fold_in(key, step)
 
     def init() -> State:
-        state = learner.algorithm.init(jax.tree.map(jnp.array, learner.params))
+        state = text.init(learner.algorithm.init, learner.params)
         return State(state, iteration.rollout(state, *one_batch(0)) if ahead else None)
 
     def step(state: State, batches, i: int):

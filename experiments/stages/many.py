@@ -21,6 +21,7 @@ from experiments.stages.control_report import figure_section
 from experiments.stages.policy import Learner, Problem, check, compose, run_key
 from rlhfjax.data import batch_indices
 from rlhfjax.figures import Bands, plot_bands
+from rlhfjax.mesh import init_on, put
 from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import Frozen, Prompts
 from rlhfjax.report import Section, Table, bootstrap_interval
@@ -116,9 +117,8 @@ def optimise_policies(
     text, examples, rows = problem.text, problem.examples, problem.rows
     frozen = Frozen(problem.reference, problem.reward_params)
 
-    def init_one(value_H: jax.Array):
-        learner = make_learner(text.lm, with_values(config, grid.names, value_H))
-        return learner.algorithm.init(learner.params)
+    def init_one(value_H: jax.Array, params: dict):
+        return make_learner(text.lm, with_values(config, grid.names, value_H)).algorithm.init(params)
 
     def iteration(lm: LanguageModel):
         def one(frozen: Frozen, i: jax.Array, state: Any, value_H: jax.Array, seed: jax.Array, prompts):
@@ -137,7 +137,8 @@ def optimise_policies(
     iterate = text.jit(iteration, donate_argnums=(0,))
 
     def init():
-        return jax.jit(jax.vmap(init_one))(jnp.asarray(grid.value_RH))
+        params = put(text.mesh, make_learner(text.lm, config).params)
+        return init_on(text.mesh, jax.jit(jax.vmap(init_one, (0, None))), jnp.asarray(grid.value_RH), params)
 
     def batch(step: int) -> Prompts:
         one_of = {

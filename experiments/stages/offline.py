@@ -20,6 +20,7 @@ from rlhfjax.algorithms.algorithm import PyTree, check_divisible
 from rlhfjax.algorithms.optimizers import is_hidden_matrix
 from rlhfjax.data import batch_indices
 from rlhfjax.generation import guided
+from rlhfjax.mesh import fetch
 from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import (
     branch_states,
@@ -161,7 +162,7 @@ def _train(
 
     def batch(step: int) -> PyTree:
         index = batch_indices(folder.seed, step, config.prompts, count)
-        return jax.tree.map(lambda x: jnp.asarray(x[index]), data)
+        return text.rows(jax.tree.map(lambda x: jnp.asarray(x[index]), data))
 
     def step(state, batch, i):
         state, metrics = update(state, batch, jax.random.fold_in(key, i))
@@ -170,7 +171,7 @@ def _train(
     state = run_stage(
         name,
         folder=folder,
-        init=lambda: algorithm(text.lm).init(start()),
+        init=lambda: text.init(algorithm(text.lm).init, start()),
         step=step,
         batch=batch,
         steps=config.steps,
@@ -183,14 +184,14 @@ def _episodes(problem: Problem, rated: Rated, index: np.ndarray) -> ilql.Episode
     branches = branches_at(
         problem.text, problem.examples, rated.row_B[index], rated.token_BGC[index], rated.mask_BGC[index]
     )
-    return rated_episodes(branches, jnp.asarray(rated.score_BG[index]))
+    return rated_episodes(branches, problem.text.rows(jnp.asarray(rated.score_BG[index])))
 
 
 def _in_parts(compute: Callable[[np.ndarray], PyTree], count: int, size: int) -> PyTree:
     """compute(index) for all prompts, `size` at a time, put together on the host."""
     # The last part is filled up, so that nothing compiles twice.
     parts = np.resize(np.arange(count), (-(-count // size), size))
-    found = [jax.device_get(compute(index)) for index in parts]
+    found = [fetch(compute(index)) for index in parts]
     return jax.tree.map(lambda *xs: np.concatenate(xs)[:count], *found)
 
 

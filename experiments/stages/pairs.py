@@ -13,6 +13,7 @@ from experiments.stages.preferences import Judged, branches_of
 from rlhfjax.algorithms import Algorithm, dpo, evaluation_params, make_optimizer
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import batch_indices
+from rlhfjax.mesh import fetch
 from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import completion_logp, pair_batch, pair_evaluate
 from rlhfjax.run_folder import RunFolder
@@ -56,11 +57,11 @@ def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, 
         branches = branches_of(text, problem.examples, judged, index)
         return pair_batch(
             branches,
-            None if logp_ref is None else jnp.asarray(logp_ref[index]),
+            None if logp_ref is None else text.rows(jnp.asarray(logp_ref[index])),
             first=jnp.asarray(pairs.first_K),
             second=jnp.asarray(pairs.second_K),
-            label_BK=jnp.asarray(pairs.label_BK[index], jnp.float32),
-            mask_BK=jnp.asarray(pairs.mask_BK[index]),
+            label_BK=text.rows(jnp.asarray(pairs.label_BK[index], jnp.float32)),
+            mask_BK=text.rows(jnp.asarray(pairs.mask_BK[index])),
         )
 
     tokens = config.prompts * (text.config.prompt_length + judged.token_BGC[0].size)
@@ -72,7 +73,7 @@ def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, 
     state = run_stage(
         name,
         folder=folder,
-        init=lambda: algorithm(text.lm).init(jax.tree.map(jnp.array, problem.reference)),
+        init=lambda: text.init(algorithm(text.lm).init, problem.reference),
         step=step,
         batch=batch,
         steps=config.steps,
@@ -90,7 +91,6 @@ def _reference_logp(config: Config, problem: Problem, judged: Judged) -> np.ndar
     # The last part is filled up, so that nothing compiles twice.
     parts = np.resize(rows, (-(-len(rows) // config.prompts), config.prompts))
     found = [
-        np.asarray(logp(problem.reference, branches_of(text, problem.examples, judged, index)))
-        for index in parts
+        fetch(logp(problem.reference, branches_of(text, problem.examples, judged, index))) for index in parts
     ]
     return np.concatenate(found)[: len(rows)]

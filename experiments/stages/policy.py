@@ -244,8 +244,7 @@ def optimise_policy(
     frozen = Frozen(problem.reference, problem.reward_params)
 
     def init():
-        # Copied: the state is donated, and reference and reward model must outlive it.
-        return learner.algorithm.init(jax.tree.map(jnp.array, learner.params))
+        return text.init(learner.algorithm.init, learner.params)
 
     def batch(step: int):
         rows = problem.rows

@@ -12,6 +12,7 @@ from experiments.stages.configs import PreferenceStage as Config
 from experiments.stages.text import Examples, Text, Writer
 from rlhfjax.data import Preferences, accuracy_ceiling, draw_preferences, same_pairs
 from rlhfjax.generation import Sampling, generate, sample_keys
+from rlhfjax.mesh import fetch
 from rlhfjax.networks import Branches, LanguageModel
 from rlhfjax.recipes import Prompts
 from rlhfjax.run_folder import RunFolder
@@ -77,7 +78,7 @@ def sample_policy(
         # The last batch and the last columns are filled up, so that nothing compiles twice.
         padded, filled = np.resize(index, batch), np.resize(columns, width)
         heat = jnp.asarray(np.asarray(temperatures)[filled], jnp.float32)
-        out = jax.device_get(run(writer.params, text.batch(examples, padded), key, filled, heat))
+        out = fetch(run(writer.params, text.batch(examples, padded), key, filled, heat))
         return {name: x[: len(index), : len(columns)] for name, x in out._asdict().items()}
 
     groups = column_groups(samples)
@@ -156,5 +157,5 @@ def collect_preferences(
 def branches_of(text: Text, examples: Examples, judged: Judged, index: np.ndarray) -> Branches:
     """Prompts and completions at `index` of the judged ones."""
     prompts = text.batch(examples, judged.row_B[index])
-    completions = judged.token_BGC[index], judged.mask_BGC[index]
-    return Branches(*prompts[:2], *map(jnp.asarray, completions))
+    completions = jnp.asarray(judged.token_BGC[index]), jnp.asarray(judged.mask_BGC[index])
+    return Branches(*prompts[:2], *text.rows(completions))

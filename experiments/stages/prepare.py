@@ -66,7 +66,7 @@ def prepare(
     `gold_of` gives the scorer that the judge goes by; None: ROUGE-L against the completions of the data.
     """
     gold_of = gold_of or rouge_of
-    loaded = text.open_text(text_config)
+    loaded = text.open_text(text_config, folder.mesh)
     train = loaded.load("train")
     sft_rows, rl_rows = text.divide(train, text_config.sft_share, folder.seed, finetuned=sft.steps > 0)
     preferences.check(preference, len(rl_rows))

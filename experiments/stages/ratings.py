@@ -17,6 +17,7 @@ from experiments.stages.configs import RatingStage as Config
 from experiments.stages.policy import Problem
 from experiments.stages.preferences import BATCH, Judged, sample_policy
 from experiments.stages.text import Examples, Text, Writer
+from rlhfjax.mesh import fetch
 from rlhfjax.networks import Branches
 from rlhfjax.run_folder import RunFolder
 
@@ -89,7 +90,8 @@ def branches_at(
     text: Text, examples: Examples, rows: np.ndarray, token_BGC: np.ndarray, mask_BGC: np.ndarray
 ) -> Branches:
     """The prompts numbered `rows` with their completions."""
-    return Branches(*text.batch(examples, rows)[:2], jnp.asarray(token_BGC), jnp.asarray(mask_BGC))
+    completions = text.rows((jnp.asarray(token_BGC), jnp.asarray(mask_BGC)))
+    return Branches(*text.batch(examples, rows)[:2], *completions)
 
 
 def _rewards(problem: Problem, rows: np.ndarray, token: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -98,7 +100,7 @@ def _rewards(problem: Problem, rows: np.ndarray, token: np.ndarray, mask: np.nda
     # The last part is filled up, so that nothing compiles twice.
     parts = np.resize(np.arange(len(rows)), (-(-len(rows) // BATCH), BATCH))
     found = [
-        np.asarray(
+        fetch(
             reward(
                 problem.reward_params,
                 branches_at(problem.text, problem.examples, rows[part], token[part], mask[part]),

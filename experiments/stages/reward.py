@@ -13,6 +13,7 @@ from experiments.stages.text import Examples, Text
 from rlhfjax.algorithms import Algorithm, evaluation_params, make_optimizer, reward_model
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.data import accuracy_ceiling, batch_indices
+from rlhfjax.mesh import fetch
 from rlhfjax.networks import LanguageModel
 from rlhfjax.ops import fit_temperature
 from rlhfjax.recipes import init_reward_model, make_reward_model
@@ -56,15 +57,15 @@ def train_reward_model(
     pairs = judged.preferences
 
     def init():
-        return algorithm(text.lm).init(
-            jax.tree.map(jnp.array, init_reward_model(key_init, policy, text.lm.config.width))
-        )
+        params = init_reward_model(key_init, policy, text.lm.config.width)
+        return text.init(algorithm(text.lm).init, params)
 
     def batch(step: int) -> reward_model.Preference:
         index = batch_indices(folder.seed, step, config.prompts, judged.trained)
         inputs = branches_of(text, examples, judged, index)
-        parts = pairs.first_K, pairs.second_K, pairs.label_BK[index], pairs.mask_BK[index]
-        return reward_model.Preference(inputs, *map(jnp.asarray, parts))
+        label_BK, mask_BK = text.rows((jnp.asarray(pairs.label_BK[index]), jnp.asarray(pairs.mask_BK[index])))
+        of_pairs = jnp.asarray(pairs.first_K), jnp.asarray(pairs.second_K)
+        return reward_model.Preference(inputs, *of_pairs, label_BK, mask_BK)
 
     tokens = config.prompts * (text.config.prompt_length + judged.token_BGC[0].size)
 
@@ -92,7 +93,7 @@ def _measure(text, evaluate, params, examples, judged, folder) -> Learned:
         # The last chunk is filled up, so that nothing compiles twice.
         chunks = np.resize(scored, (-(-len(scored) // BATCH), BATCH))
         score = np.concatenate(
-            [jax.device_get(evaluate(params, branches_of(text, examples, judged, index))) for index in chunks]
+            [fetch(evaluate(params, branches_of(text, examples, judged, index))) for index in chunks]
         )[: len(scored)]
         reference, heldout_score = score[: -judged.heldout], score[-judged.heldout :]
         gain, bias = reward_model.normalisation(jnp.asarray(reference))

@@ -32,7 +32,7 @@ class Made(NamedTuple):
 
 def on_given_reward(config: Any, name: str, stage: Any, pool: RewardPool, folder: RunFolder) -> Made:
     """Optimises the functions themselves."""
-    loaded = text.open_text(config.text)
+    loaded = text.open_text(config.text, folder.mesh)
     train = loaded.load("train")
     sft_rows, rows = text.divide(train, config.text.sft_share, folder.seed, finetuned=config.sft.steps > 0)
     policy.check(stage, len(rows))

@@ -1,8 +1,9 @@
 """Text in: the tokenizer, the base model, and pairs or conversations, split between fine-tuning and reinforcement
 learning."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from experiments.assets import asset
 from experiments.stages.chats import Examples, load_chats
 from experiments.stages.configs import Text as Config
-from rlhfjax.config import LoRA
+from rlhfjax.config import LoRA, Mesh
 from rlhfjax.data import (
     BPETokenizer,
     ChatTemplate,
@@ -25,8 +26,19 @@ from rlhfjax.data import (
     pack,
     pad_prompts,
 )
+from rlhfjax.mesh import (
+    Devices,
+    activations,
+    gathered_to_decode,
+    init_on,
+    kept,
+    make_mesh,
+    place_params,
+    put,
+    put_rows,
+)
 from rlhfjax.networks import LanguageModel, adapted, decoder, init_lora, quantise
-from rlhfjax.pretrained import find_model, load_pretrained, open_model
+from rlhfjax.pretrained import find_model, load_pretrained, open_model, pretrained_config
 from rlhfjax.recipes import Prompts
 
 
@@ -43,19 +55,26 @@ class Text:
     template: ChatTemplate | None = None  # None: prompts are plain text
     lora: LoRA | None = None  # trained are adapters on the base; None: the whole model
     source: Path | None = None  # where the base lies
+    mesh: Devices = field(default_factory=make_mesh)
 
     def jit(
         self, build: Callable[[LanguageModel], Callable[..., Any]], *, donate_argnums: tuple[int, ...] = ()
     ) -> Callable[..., Any]:
         """`build(lm)` compiled, lm being the language model whose params are those that are trained: the whole model's,
         or adapters. Of these the base is an argument of the program, one copy for all that stand on it.
+
+        A program that has its first argument donated returns, first, a state that lies as that did.
         """
+
+        def program(lm: LanguageModel) -> Callable[..., Any]:
+            return kept(self.mesh, build(lm)) if donate_argnums else build(lm)
+
         if self.lora is None:
-            return jax.jit(build(self.lm), donate_argnums=donate_argnums)
+            return jax.jit(program(self.lm), donate_argnums=donate_argnums)
         lora = self.lora
 
         def on_base(base: dict, *arguments: Any) -> Any:
-            return build(adapted(self.lm, base, lora))(*arguments)
+            return program(adapted(self.lm, base, lora))(*arguments)
 
         return partial(jax.jit(on_base, donate_argnums=tuple(i + 1 for i in donate_argnums)), self.base)
 
@@ -65,7 +84,16 @@ class Text:
         """
         if self.lora is None:
             return jax.tree.map(jnp.array, self.base)
-        return jax.jit(partial(init_lora, config=self.lora))(key, self.base)
+        return init_on(self.mesh, jax.jit(partial(init_lora, config=self.lora)), key, self.base)
+
+    def init(self, init: Callable[[dict], Any], params: dict) -> Any:
+        """`init(params)`, the state that training starts from, where it belongs. Its arrays are its own: the state is
+        donated, and what it starts from must outlive it."""
+        return init_on(self.mesh, init, jax.tree.map(jnp.array, put(self.mesh, params)))
+
+    def rows(self, batch: Any) -> Any:
+        """A batch whose arrays all have a row for each prompt, or packed row, where it belongs."""
+        return put_rows(self.mesh, batch)
 
     def load(self, split: str) -> Examples:
         """The pairs or conversations of one split that fit the configured lengths."""
@@ -116,7 +144,7 @@ class Text:
         """The prompts at `index`, padded."""
         ids = [examples.ids[i] for i in index]
         token, mask = pad_prompts(ids, self.config.prompt_length, self.tokenizer.pad_id)
-        return Prompts(jnp.asarray(token), jnp.asarray(mask), jnp.asarray(index, jnp.int32))
+        return self.rows(Prompts(jnp.asarray(token), jnp.asarray(mask), jnp.asarray(index, jnp.int32)))
 
     def decode(self, token_BGC: np.ndarray, mask_BGC: np.ndarray) -> list[list[str]]:
         """Texts of completions, [B][G]; the stop token is left out."""
@@ -139,8 +167,8 @@ class Writer(NamedTuple):
     model: Callable[[LanguageModel], LanguageModel] = lambda lm: lm
 
 
-def open_text(config: Config) -> Text:
-    """Loads tokenizer and base model.
+def open_text(config: Config, layout: Mesh = Mesh()) -> Text:  # noqa: B008  (frozen, so it can be shared)
+    """Loads tokenizer and base model, each device its part of it.
 
     Raises ValueError where the settings contradict each other or the model's size.
     """
@@ -152,12 +180,14 @@ def open_text(config: Config) -> Text:
     source = find_model(name if name.exists() else config.base)
     stored = "float32" if config.base_bits == 32 else "bfloat16"
     length = config.prompt_length + config.completion_length
+    mesh = make_mesh(layout, state_bytes=_state_bytes(config, source))
+    place = place_params(mesh) if config.base_bits in (32, 16) else None
     if (source / "tokenizer.json").is_file() and not (source / "tokenizer_config.json").exists():
         if config.chat:
             raise ValueError(
                 f"{source} is no chat model: it has no tokenizer_config.json, and no chat template"
             )
-        shape, params = load_pretrained(source, dtype=stored, compute_dtype=config.compute)
+        shape, params = load_pretrained(source, dtype=stored, compute_dtype=config.compute, place=place)
         tokenizer = BPETokenizer.load(source / "tokenizer.json")
         if tokenizer.vocab_size > shape.vocab_size:
             raise ValueError(
@@ -165,7 +195,7 @@ def open_text(config: Config) -> Text:
             )
         stops, unused, template = (tokenizer.eos_id,), (), None
     else:
-        model = open_model(source, dtype=stored, compute_dtype=config.compute)
+        model = open_model(source, dtype=stored, compute_dtype=config.compute, place=place)
         _, shape, params, tokenizer, template, stops, unused = model
         if config.chat and template is None:
             raise ValueError(
@@ -181,7 +211,20 @@ def open_text(config: Config) -> Text:
     if config.base_bits in (8, 4):
         params = quantise(params, config.base_bits)
     lora = config.lora if config.trained == "lora" else None
-    return Text(config, tokenizer, decoder(shape), params, stops, unused, template, lora, source)
+    lm = gathered_to_decode(mesh, decoder(shape, place=activations(mesh)))
+    params = put(mesh, params)
+    return Text(config, tokenizer, lm, params, stops, unused, template, lora, source, mesh)
+
+
+def _state_bytes(config: Config, source: Path) -> float:
+    """About what training holds of a model in the Hugging Face layout, for the choice of a mesh; 0 of another: policy
+    and critic with their gradients and two moments in float32 beside the reference and the reward model, or the base.
+    """
+    if not source.is_dir() or not (source / "config.json").exists():
+        return 0.0
+    shapes = jax.eval_shape(decoder(pretrained_config(source)).init, jax.random.key(0))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    return count * (config.base_bits / 8 if config.trained == "lora" else 2 * 16 + 2 * 4)
 
 
 def divide(

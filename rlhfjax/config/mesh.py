@@ -8,7 +8,8 @@ class Mesh:
     """Devices along each axis; their product is the number of devices used."""
 
     data: int = 0
-    """Devices that the rows of a batch are split over. 0: all that the other axes leave."""
+    """Devices that the rows of a batch are split over. 0: all that the other axes leave; on a
+    CPU 1, since its virtual devices share its cores."""
     fsdp: int = 0
     """Devices that parameters, gradients and optimiser state are split over, and the rows of a batch too. 0: as few as
     hold them, where a device's memory is known; else 1."""

@@ -115,9 +115,10 @@ class Attention(nn.Module):
 
         # In training the tokens of a row may be split over devices, while decoding there are none to split.
         lead = "BT" if cache is None else "R-"
+        flat = self.place is _anywhere
 
         def project(name, heads, axis):
-            out = Projection(heads * size, config.attention_bias, config.width**-0.5, name=name)(x_BTD)
+            out = Projection(heads * size, config.attention_bias, config.width**-0.5, flat, name=name)(x_BTD)
             return self.place(out.reshape(batch, length, heads, size), f"{lead}{axis}-")
 
         query, key, value = (
@@ -156,7 +157,7 @@ class Attention(nn.Module):
         out = attended(query, key.astype(query.dtype), value.astype(query.dtype), mask_BTS, kernel, softcap)
         stddev = (config.heads * size * 2 * config.layers) ** -0.5
         out = out.swapaxes(1, 2).reshape(batch, length, -1)
-        return Projection(config.width, config.output_bias, stddev, name="output")(out), cache
+        return Projection(config.width, config.output_bias, stddev, flat, name="output")(out), cache
 
 
 def _longest(mask: Mask) -> int:
@@ -180,14 +181,16 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, lead: str) -> jax.Array:
-        config = self.config
-        inner = Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="gate")(x)
+        config, flat = self.config, self.place is _anywhere
+        inner = Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, flat, name="gate")(x)
         inner = self.place(inner, f"{lead}F")
         inner = _ACTIVATIONS[config.activation](inner)
         if config.gated_mlp:
-            inner = inner * Projection(config.mlp_width, config.mlp_bias, config.width**-0.5, name="up")(x)
+            inner = inner * Projection(
+                config.mlp_width, config.mlp_bias, config.width**-0.5, flat, name="up"
+            )(x)
         stddev = (config.mlp_width * 2 * config.layers) ** -0.5
-        return Projection(config.width, config.mlp_bias, stddev, name="down")(inner)
+        return Projection(config.width, config.mlp_bias, stddev, flat, name="down")(inner)
 
 
 class Block(nn.Module):
@@ -234,12 +237,12 @@ class _Decoder(nn.Module):
         dtype = jnp.dtype(config.dtype)
         normal = nn.initializers.normal(config.embedding_stddev)
         embedding = self.param("embedding", normal, (config.vocab_size, config.width))
-        x = embedding[token_BT].astype(dtype)
+        x = self.place(embedding, "V-")[token_BT].astype(dtype)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, dtype)
         if config.positions == "learned":
             table = self.param("positions", normal, (config.max_positions, config.width))
-            x = x + table[position_BT].astype(dtype)
+            x = x + self.place(table, "--")[position_BT].astype(dtype)
         x = self.place(x, "BT-" if cache is None else "R--")
         if not config.tie_embeddings:
             self.param("unembedding", normal, (config.vocab_size, config.width))
@@ -252,7 +255,7 @@ class _Decoder(nn.Module):
                 x, position_BT, mask_BTS, layer_cache, slot
             )
             new_cache.append(layer_cache)
-        hidden = _norm(config, "final_norm")(x)
+        hidden = self.place(_norm(config, "final_norm")(x), "R--")  # what reads it goes by rows
         return hidden, (None if cache is None else tuple(new_cache))
 
 
@@ -260,7 +263,8 @@ def decoder(config: Config, *, place: Place = _anywhere) -> LanguageModel:
     """Builds the pure functions of a decoder. Raises ValueError where the configuration contradicts itself.
 
     place: lays activations over devices: `mesh.activations(mesh)`. It gets a letter for each axis:
-      B rows and T tokens of training, R rows while decoding, H and N heads, F the hidden layer of the MLP, - any other.
+      B rows and T tokens within the blocks in training, R rows elsewhere, H and N heads, F the hidden layer of the MLP,
+      V the vocabulary, - any other.
     """
     _check(config)
     module = _Decoder(config, place)
@@ -302,7 +306,7 @@ def decoder(config: Config, *, place: Place = _anywhere) -> LanguageModel:
         return out
 
     def embedding(params: dict) -> jax.Array:
-        return params["embedding" if config.tie_embeddings else "unembedding"]
+        return place(params["embedding" if config.tie_embeddings else "unembedding"], "V-")
 
     def for_decoding(params: dict) -> dict:
         return _decoding(params, jnp.dtype(config.dtype), transpose=jax.default_backend() == "cpu")

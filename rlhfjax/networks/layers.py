@@ -148,22 +148,28 @@ class Projection(nn.Module):
 
     Params may hold a stand-in for the kernel, which gets no gradient where it is quantised, and an adapter beside it
     (LoRA), computed in the type of x.
+
+    flat: whether x is taken as one matrix. On a CPU the gradient of a rank-3 product copies its operands, and takes
+      twice the time; but where the tokens of a row are split over devices, a matrix of all of them is gathered.
     """
 
     outputs: int
     bias: bool
     stddev: float
+    flat: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        # As one matrix: on CPU the gradient of a rank-3 product copies its operands, and takes twice the time.
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]) if self.flat else x
         names = (TRANSPOSED, INT8, NF4, SCALES, LORA_A, LORA_B, LORA_SCALE)
         stored = {x: self.get_variable("params", x) for x in names if self.has_variable("params", x)}
         if TRANSPOSED in stored:
-            out = matrix_first(stored[TRANSPOSED], rows)
+            out = matrix_first(stored[TRANSPOSED], x.reshape(-1, x.shape[-1]))
+            out = out.reshape(*rows.shape[:-1], self.outputs)
         elif INT8 in stored or NF4 in stored:
-            out = _quantised_product(rows, {x: stored[x] for x in (INT8, NF4, SCALES) if x in stored})
+            kernel = {name: stored[name] for name in (INT8, NF4, SCALES) if name in stored}
+            out = _quantised_product(x.reshape(-1, x.shape[-1]), kernel)
+            out = out.reshape(*rows.shape[:-1], self.outputs)
         else:
             kernel = self.param("kernel", nn.initializers.normal(self.stddev), (x.shape[-1], self.outputs))
             out = rows @ kernel.astype(x.dtype)

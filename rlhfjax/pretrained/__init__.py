@@ -11,6 +11,7 @@ from rlhfjax.pretrained.hub import find_model
 from rlhfjax.pretrained.huggingface import (
     load_pretrained,
     load_reward_model,
+    pretrained_config,
     save_pretrained,
     save_reward_model,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "load_gguf",
     "load_peft",
     "load_pretrained",
+    "pretrained_config",
     "load_reward_model",
     "open_model",
     "read_gguf",

@@ -91,6 +91,11 @@ def load_pretrained(
     return _computing(kept, compute_dtype), params
 
 
+def pretrained_config(directory: str | Path) -> Decoder:
+    """What a checkpoint's config.json says, without its weights. Raises as `load_pretrained`."""
+    return _config_of(Path(directory))[1]
+
+
 def save_pretrained(
     directory: str | Path,
     config: Decoder,

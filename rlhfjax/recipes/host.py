@@ -10,7 +10,7 @@ import numpy as np
 from rlhfjax.generation import Generation
 from rlhfjax.recipes.rlhf import RLHF, Experience, Frozen, Prompts, as_branches
 
-Score = Callable[[Prompts, Generation], Callable[[], np.ndarray]]
+Score = Callable[[Prompts, Generation], Callable[[], np.ndarray | jax.Array]]
 
 
 class HostIteration(NamedTuple):

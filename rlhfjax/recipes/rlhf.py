@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from rlhfjax.algorithms.algorithm import Algorithm
 from rlhfjax.generation import Generation, Sampling, generate, generate_refilled, sample_keys
+from rlhfjax.mesh import Devices, each_on_its_rows
 from rlhfjax.networks import Branches, LanguageModel
 from rlhfjax.ops import masked_mean
 from rlhfjax.recipes.batches import AsBatch
@@ -74,6 +75,7 @@ def make_rlhf(
     greedy: bool = False,
     policy: Callable[[Any], dict] = itemgetter("policy"),
     slots: int | None = None,
+    mesh: Devices | None = None,
 ) -> RLHF:
     """Composes an iteration.
 
@@ -91,32 +93,39 @@ def make_rlhf(
       greedy: one more completion of each prompt, the last, is decoded greedily, for a baseline (ReMax). It is scored,
         and counted in no metric.
       policy: the language model's params among the algorithm's: the entry "policy", or `lambda params: params`.
-      slots: completions decoded at a time, so that short ones do not wait for long ones (`generate_refilled`, on one
-        device); None decodes all together. The completions are the same.
+      slots: completions decoded at a time on each device, so that short ones do not wait for long ones
+        (`generate_refilled`); None decodes all together. The completions are the same.
+      mesh: the devices that the batch is split over (`rlhfjax.mesh`), for `slots` only: each refills its own.
 
     A score that is not finite is never trained on, finished or not: its completion is masked out, and counted in
     "reward/nonfinite" (by `ppo` and `grpo`).
     """
 
-    def rollout(state, prompts: Prompts, key: jax.Array) -> Generation:
+    drawn = samples + 1 if greedy else samples
+
+    def roll_out(params, prompts: Prompts, key_BG: jax.Array) -> Generation:
         banned = jnp.asarray(banned_tokens, jnp.int32) if banned_tokens else None
-        sampling, drawn = Sampling(temperature, banned_tokens=banned), samples
+        sampling = Sampling(temperature, banned_tokens=banned)
         if greedy:
-            drawn = samples + 1
-            last_G = jnp.arange(drawn) == samples
-            heat = jnp.tile(jnp.where(last_G, 0.0, temperature), prompts.index_B.shape[0])
-            sampling = sampling._replace(temperature=heat)
-        roll_out = generate if slots is None else partial(generate_refilled, slots=slots)
-        return roll_out(
+            heat_G = jnp.where(jnp.arange(drawn) == samples, 0.0, temperature)
+            sampling = sampling._replace(temperature=jnp.tile(heat_G, key_BG.shape[0]))
+        make = generate if slots is None else partial(generate_refilled, slots=slots)
+        return make(
             lm,
-            policy(state.params),
+            params,
             prompts.token_BP,
             prompts.mask_BP,
-            sample_keys(key, prompts.index_B, drawn),
+            key_BG,
             max_new_tokens=max_new_tokens,
             stop_tokens=stop_tokens,
             sampling=sampling,
         )
+
+    if slots is not None and mesh is not None:
+        roll_out = each_on_its_rows(mesh, roll_out)
+
+    def rollout(state, prompts: Prompts, key: jax.Array) -> Generation:
+        return roll_out(policy(state.params), prompts, sample_keys(key, prompts.index_B, drawn))
 
     learn_from = make_learn(algorithm, as_batch, missing_eos_penalty=missing_eos_penalty, samples=samples)
 
