@@ -5,6 +5,9 @@ may be killed at any moment: called again on the same folder they continue, and 
 bits as one never stopped. Three rules make that so. All randomness of a step is a function of (seed, i).
 The lines of step s are on the disk before checkpoint s. After restoring checkpoint s, lines past s are
 dropped and written again.
+
+With several processes all of them do the same, in the same order: arrays that lie on all are fetched by all. What
+the folder holds is for process 0 to say.
 """
 
 import contextlib
@@ -24,9 +27,10 @@ import jax.monitoring
 import numpy as np
 
 from experiments.trace import read_trace
-from rlhfjax import console
+from rlhfjax import console, processes
 from rlhfjax.accelerators import accelerator, peak_memory
 from rlhfjax.checkpoint import Checkpoints
+from rlhfjax.mesh import fetch
 from rlhfjax.run_folder import RunFolder, write_atomically
 
 State = TypeVar("State")
@@ -46,7 +50,7 @@ class Show:
 
     `columns`: metric -> label on the terminal; empty: the first few metrics. `every`: steps between lines;
     None: about twenty lines a stage. `samples(step, aux)`: the rows of texts of one step, from the third
-    thing that the step returned, called every `samples_every` steps and at the last (0: never).
+    thing that the step returned, called every `samples_every` steps and at the last (0: never), by all processes.
     `measure(step, aux)`: metrics made on the host, from texts for example, one step late like all others;
     "perf/model_flops" among them, the operations that the step cannot do without, gives utilisation.
     """
@@ -90,6 +94,7 @@ def run_stage(
       FloatingPointError: a metric is not finite; names stage, step and metric. No checkpoint of that state
         is written.
       FileNotFoundError: the stage has checkpoints, and none can be read.
+      Preempted: SIGTERM came; the step at hand has been done and its state saved.
     """
     steps = steps if folder.max_steps is None else min(steps, folder.max_steps)
     with Checkpoints(folder.checkpoints(name), keep=keep) as checkpoints:
@@ -103,25 +108,32 @@ def run_stage(
             clock = _DeviceClock()
             report = _reporter(name, folder, view, steps, done, nullable, show)
             # Two steps may compile: the first, and one that meets the first one's outputs.
-            traced = range(min(done + 2, steps - 1), steps)[: folder.profile]
+            traced = range(min(done + 2, steps - 1), steps)[: folder.profile if processes.is_first() else 0]
             late = None  # a step with metrics not fetched yet: fetching at once would leave the device idle
-            for i in range(done, steps):
-                inputs = () if batch is None else (batch(i),)
-                with _trace(name, i, folder, view) if i in traced else contextlib.nullcontext():
-                    idle = clock.start()
-                    state, *out = step(state, *inputs, i)
-                    clock.watch(out[0])
-                    if i in traced:
-                        jax.block_until_ready(state)
-                if late:
-                    report(*late)
-                late = (i + 1, out[0] | {f"{PERF}idle_seconds": idle}, *out[1:])
-                if (i + 1) % checkpoint_every == 0 or i + 1 == steps:
-                    report(*late)
-                    late = None
-                    folder.sync()
-                    checkpoints.save(i + 1, state)
-        checkpoints.wait()
+            stop = False
+            with processes.finishing_steps():
+                for i in range(done, steps):
+                    inputs = () if batch is None else (batch(i),)
+                    with _trace(name, i, folder, view) if i in traced else contextlib.nullcontext():
+                        idle = clock.start()
+                        state, *out = step(state, *inputs, i)
+                        clock.watch(out[0])
+                        if i in traced or _must_wait(state):
+                            jax.block_until_ready(state)
+                    if late:
+                        report(*late)
+                    late = (i + 1, out[0] | {f"{PERF}idle_seconds": idle}, *out[1:])
+                    stop = processes.preempted()
+                    if (i + 1) % checkpoint_every == 0 or i + 1 == steps or stop:
+                        report(*late)
+                        late = None
+                        folder.sync()
+                        checkpoints.save(i + 1, state)
+                    if stop:
+                        break
+                checkpoints.wait()
+            if stop:
+                raise processes.Preempted(f"stage {name}, step {i + 1} of {steps}")  # pyright: ignore[reportPossiblyUnboundVariable]
     return state
 
 
@@ -135,26 +147,28 @@ def run_once(
 
     `compute() -> (arrays, metrics, sample rows)`. The arrays (numbers, booleans or strings; no objects) are
     kept in arrays/NAME.npz, the metrics and rows logged as step 0 of the stage `name`. A damaged file is
-    computed again.
+    computed again. All processes compute; they read the file that process 0 has written.
     """
-    path = folder.path / "arrays" / f"{name}.npz"
+    path = folder.shared / "arrays" / f"{name}.npz"
     with console.open_stage(name, 1) as view:
-        stored = _load_arrays(path, view.note)
-        if stored is not None:
+        whole = processes.from_first(
+            f"arrays {name} stored", lambda: _load_arrays(path, view.note) is not None
+        )
+        if whole:
             view.note("done earlier")
-            return stored
+            return processes.together(f"arrays {name} read", lambda: _read_arrays(path))
         folder.truncate_after(name, -1)
         start = time.perf_counter()
         arrays, metrics, rows = compute()
-        arrays = {key: np.asarray(value) for key, value in jax.device_get(dict(arrays)).items()}
-        fetched = jax.device_get(dict(metrics))
+        arrays = {key: np.asarray(value) for key, value in fetch(dict(arrays)).items()}
+        fetched = fetch(dict(metrics))
         values = {key: plain_number(fetched[key]) for key in metrics}
         _log(name, 0, folder, values, {"seconds": time.perf_counter() - start})
         folder.log_samples(name, 0, rows)
         view.update(1, dict(list(values.items())[:COLUMNS_BY_DEFAULT]), True)
         view.samples(name, rows[:SAMPLES_SHOWN])
         folder.sync()
-        _save_arrays(path, arrays)
+        processes.from_first(f"arrays {name} saved", lambda: _save_arrays(path, arrays))
     return arrays
 
 
@@ -204,12 +218,20 @@ def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], State]) -> 
     restored = checkpoints.restore_latest(state)
     if restored is not None:
         return restored
-    if checkpoints.steps():
+    steps = processes.from_first(f"checkpoints of {name}", checkpoints.steps)
+    if steps:
         raise FileNotFoundError(
-            f"stage {name}: none of its checkpoints (steps {checkpoints.steps()}) can be read. "
+            f"stage {name}: none of its checkpoints (steps {steps}) can be read. "
             f"Delete the folder checkpoints/{name} of the run to do this stage anew"
         )
     return 0, state
+
+
+def _must_wait(state: Any) -> bool:
+    """Whether a step must end before the next begins: on CPUs programs of several devices that run at once may wait
+    for each other for ever, one holding the threads that the other needs."""
+    leaf = next((leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)), None)
+    return leaf is not None and len(leaf.devices()) > 1 and next(iter(leaf.devices())).platform == "cpu"
 
 
 @contextlib.contextmanager
@@ -247,9 +269,9 @@ def _reporter(
     recent: list[dict[str, float]] = []  # numbers of the steps since the last line shown
 
     def report(step: int, metrics: Mapping[str, Any], aux: Any = None) -> None:
-        fetched = {key: plain_number(value) for key, value in jax.device_get(dict(metrics)).items()}
+        fetched = {key: plain_number(value) for key, value in fetch(dict(metrics)).items()}
         if show.measure:
-            fetched |= show.measure(step, jax.device_get(aux))
+            fetched |= show.measure(step, fetch(aux))
         values = {key: value for key, value in fetched.items() if not key.startswith(PERF)}
         perf = lap() | {key.removeprefix(PERF): fetched[key] for key in fetched.keys() - values.keys()}
         _log(name, step, folder, values, perf | _rates([values | perf]))
@@ -260,7 +282,7 @@ def _reporter(
         if shown:
             recent.clear()
         if show.samples and show.samples_every and (step % show.samples_every == 0 or step == steps):
-            rows = show.samples(step, jax.device_get(aux))
+            rows = show.samples(step, fetch(aux))
             folder.log_samples(name, step, rows)
             view.samples(f"{name}, step {step}", rows[:SAMPLES_SHOWN])
 
@@ -381,8 +403,12 @@ def _load_arrays(path: Path, note: Callable[[str], None]) -> dict[str, np.ndarra
     if not path.exists():
         return None
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+        return _read_arrays(path)
     except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
         note(f"warning: {path} is damaged ({error}); computing it again")
         return None
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}

@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -25,8 +26,17 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout runs as it lies, from any folder
 
-from experiments.options import did_you_mean, differences, override, read_yaml, to_mapping, write_yaml
-from rlhfjax import console, run_folder, tracking
+from experiments.options import (
+    did_you_mean,
+    differences,
+    flatten,
+    override,
+    read_yaml,
+    to_mapping,
+    write_yaml,
+)
+from rlhfjax import __version__, console, processes, run_folder, tracking
+from rlhfjax.config import Mesh
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_EXPERIMENT = "summarize"
@@ -51,6 +61,15 @@ class RunOptions:
     """Steps of each stage to trace, after two that may compile; the traces go to profile/STAGE of the run."""
     log: str = "jsonl"
     """Where metrics go, comma-separated: jsonl (always), tensorboard, wandb, trackio."""
+    mesh: Mesh = Mesh()
+    """How the devices are laid out. A run may be resumed on others."""
+    distributed: str = "auto"
+    """Several processes as one run. auto: where Slurm, Open MPI, Kubernetes or Cloud TPU have started several; on; off;
+    or HOST:PORT,COUNT,INDEX: address of process 0, number of processes, number of this one."""
+    heartbeat_seconds: int = 60
+    """With several processes: after so long without a sign of life from one the others end."""
+    join_seconds: int = 300
+    """With several processes: within so long all must have started."""
     list: Flag = False
     """List the experiments and stop."""
     print_config: Flag = False
@@ -61,26 +80,75 @@ RECORDED = ("seed", "max_steps")  # the runner's options that are part of what a
 
 
 def main(arguments: Sequence[str] | None = None, directory: Path = HERE) -> int:
-    """Runs the command line `arguments` on the experiments in `directory`; returns the exit status."""
+    """Runs the command line `arguments` on the experiments in `directory`; returns the exit status.
+
+    0: done; 1: the run failed; 2: it was not begun; 130 and 143: stopped by Ctrl-C and by SIGTERM, to be resumed. Of
+    several processes, one that fails ends here.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if "--list" in arguments:
             print(list_experiments(directory))
             return 0
-        name, module, options, config = parse(arguments, directory)
-        record = _record(name, options, config)
-        if options.print_config:
-            print(write_yaml(record), end="")
-            return 0
-        tracking.parse_names(options.log)
-        if options.profile < 0:
-            raise ValueError(f"--profile {options.profile} must be at least 0 steps")
-        folder = open_folder(name, options, record)
-        with run_folder.lock(folder.path):
-            return execute(module, config, folder, options, record)
+        if not {"--help", "-h", "--print-config"} & {*arguments}:
+            start_processes(arguments)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    with contextlib.ExitStack() as stack:
+        if not processes.is_first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            status = prepare_and_execute(arguments, directory, stack)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            print(f"{_error()}: {error}", file=sys.stderr)
+            status = 2
+        except SystemExit as error:  # tyro's, which has said why
+            if processes.count() == 1:
+                raise
+            status = error.code if isinstance(error.code, int) else 2
+    return processes.leave(status)
+
+
+def start_processes(arguments: list[str]) -> None:
+    """Joins the other processes of this run, where there are some: before anything that one alone may find wrong."""
+    try:
+        first, _ = _early_parser().parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
+    processes.start(
+        first.distributed, heartbeat_seconds=first.heartbeat_seconds, join_seconds=first.join_seconds
+    )
+
+
+def prepare_and_execute(arguments: list[str], directory: Path, stack: contextlib.ExitStack) -> int:
+    """Reads the command line, opens the run's folder and runs in it. `stack` holds what must be given back."""
+    name, module, options, config = processes.together("command line", lambda: parse(arguments, directory))
+    record = _record(name, options, config)
+    if options.print_config:
+        print(write_yaml(record), end="")
+        return 0
+    tracking.parse_names(options.log)
+    if options.profile < 0:
+        raise ValueError(f"--profile {options.profile} must be at least 0 steps")
+    processes.agree("the configuration", _what_all_share(options, record))
+
+    from rlhfjax.mesh import make_mesh
+
+    # Says what is wrong with it while there is no folder yet.
+    processes.together("mesh", lambda: make_mesh(options.mesh))
+
+    def enter() -> str:
+        path = open_folder(name, options, record).path
+        stack.enter_context(run_folder.lock(path))
+        return str(path if processes.count() == 1 else path.absolute())
+
+    path = Path(processes.from_first("folder of the run", enter))
+    processes.all_see(path)
+    folder = run_folder.RunFolder(
+        path, name, options.seed, options.max_steps, profile=options.profile, mesh=options.mesh
+    )
+    return execute(module, config, folder, options, record)
 
 
 def parse(arguments: list[str], directory: Path) -> tuple[str, ModuleType, RunOptions, Any]:
@@ -137,23 +205,41 @@ def execute(
 ) -> int:
     """Runs the experiment in its folder, writes its summary, and says what to type next."""
     print(f"{folder.experiment}, seed {folder.seed}, in {folder.path}", flush=True)
-    folder.repair()
     use_compilation_cache()
-    run_folder.write_environment(folder.path, HERE.parent)
-    tracker = tracking.open_trackers(
-        options.log, folder.path, record, f"{folder.experiment}/{folder.path.name}"
-    )
+
+    def open_trackers() -> tracking.Tracker:
+        if not processes.is_first():
+            return tracking.silent()
+        folder.repair()
+        run_folder.write_environment(folder.path, HERE.parent, folder.mesh)
+        return tracking.open_trackers(
+            options.log, folder.path, record, f"{folder.experiment}/{folder.path.name}"
+        )
+
+    tracker = processes.together("trackers", open_trackers)
     try:
-        summary = module.run(config, dataclasses.replace(folder, tracker=tracker, profile=options.profile))
-        folder.write_summary(summary)
+        with (
+            processes.heed_sigterm(),
+            contextlib.nullcontext(folder) if processes.is_first() else run_folder.own_copy(folder) as own,
+        ):
+            summary = module.run(config, dataclasses.replace(own, tracker=tracker))
+            processes.together("summary", lambda: own.write_summary(summary))
     except KeyboardInterrupt:
         print(console.interrupted_lines(folder), file=sys.stderr)
         return 130
-    except (FloatingPointError, OSError, ValueError) as error:
-        print(f"error: {error}\n{console.interrupted_lines(folder)}", file=sys.stderr)
+    except processes.Preempted as where:
+        if processes.is_first():
+            print(
+                f"SIGTERM: {str(where) or 'between two stages'}{console.interrupted_lines(folder)}",
+                file=sys.stderr,
+            )
+        return 143
+    except (FloatingPointError, OSError, ValueError, processes.FailedElsewhere) as error:
+        print(f"{_error()}: {error}\n{console.interrupted_lines(folder)}", file=sys.stderr)
         with contextlib.suppress(OSError):  # a full disk may be the error itself
-            (folder.path / "error.txt").write_text(traceback.format_exc())
-            print(f"The traceback is in {folder.path / 'error.txt'}", file=sys.stderr)
+            file = folder.path / ("error.txt" if processes.is_first() else f"error-{processes.index()}.txt")
+            file.write_text(traceback.format_exc())
+            print(f"The traceback is in {file}", file=sys.stderr)
         return 1
     except Exception:
         traceback.print_exc()
@@ -233,6 +319,10 @@ def _early_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--distributed", default=RunOptions.distributed)
+    for name in ("heartbeat_seconds", "join_seconds"):
+        flags = (f"--{name.replace('_', '-')}", f"--{name}")
+        parser.add_argument(*flags, dest=name, type=int, default=getattr(RunOptions, name))
     return parser
 
 
@@ -283,6 +373,24 @@ def _parse_flags(
 def _record(name: str, options: RunOptions, config: Any) -> dict[str, Any]:
     """What config.yaml holds."""
     return {"experiment": name} | {key: getattr(options, key) for key in RECORDED} | to_mapping(config)
+
+
+def _what_all_share(options: RunOptions, record: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same on all processes of a run, flat."""
+    shared = {
+        "resume": bool(options.resume),
+        "mesh": dataclasses.asdict(options.mesh),
+        "profile": options.profile,
+    }
+    versions = {"version of rlhfjax": __version__, "version of jax": metadata.version("jax")}
+    return flatten(record | shared) | versions
+
+
+def _error() -> str:
+    """How a line that tells of an error begins."""
+    return (
+        "error" if processes.count() == 1 else f"error on process {processes.index()} of {processes.count()}"
+    )
 
 
 if __name__ == "__main__":

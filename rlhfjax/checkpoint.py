@@ -6,9 +6,15 @@ leaf (path, kind, dtype, shape) and every file (size, SHA-256). It is written un
 once it is whole, so a folder that carries a step's name is complete when it appears; the checksums tell of
 damage that came later. Because damage is told from the manifest alone, a state of another shape is never
 mistaken for a broken checkpoint.
+
+With several processes each writes its own parts of the arrays. Process 0 names the folder once all have told it that
+theirs are on the disk, so a process that fails, or dies, leaves no checkpoint that lacks something. Orbax's handler is
+used without its checkpointer, whose barriers would leave the others waiting for a process that has failed.
 """
 
+import asyncio
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -23,11 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from etils import epath
+
+from rlhfjax import processes
 
 _PARTIAL = ".partial"
 _DAMAGED = ".damaged"
 _MANIFEST = "manifest.json"
+
+_numbers = itertools.count()  # of the `Checkpoints` of this process: with several, the same ones in each
 
 
 class Leaf(NamedTuple):
@@ -55,7 +65,8 @@ class Checkpoints:
 
     A state is a pytree of JAX arrays (also typed keys, also sharded), NumPy arrays and scalars, and Python
     bools, ints, floats and complex numbers. Steps only grow. One process group writes into a folder; others
-    may read it. With several processes, all of them make every call.
+    may read it. With several processes, all of them make every call, in the same order; the folder lies on a file
+    system that all share; what fails on one raises an error on all, that names the process.
 
     Args:
       directory: where the checkpoints lie; made by the first save.
@@ -68,7 +79,8 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1, not {keep}: the newest checkpoint is always kept")
         self.directory = Path(directory).absolute()
         self.keep = keep
-        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        self._name = f"checkpoints {next(_numbers)}"
+        self._orbax = ocp.StandardCheckpointHandler()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
 
@@ -87,29 +99,25 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Saves `state` as checkpoint `step`, in the background.
 
-        Returns once the values have been copied: donating or overwriting the state afterwards is safe. Waits
-          first
-        for the save before it, whose failure is raised here. An older checkpoint is deleted only when the
-        new one is whole and there are more than `keep`.
+        Returns once the values have been copied: donating or overwriting the state afterwards is safe. Waits first
+        for the save before it, whose failure is raised here. An older checkpoint is deleted only when the new one is
+        whole and there are more than `keep`.
 
         Raises:
           ValueError: a checkpoint of this or a later step is there already (damaged ones are moved out of
             the way).
           TypeError: a leaf is of a kind that cannot be saved.
           OSError: the save before this one failed, for example because the disk is full.
+          FailedElsewhere: one of several processes cannot save; for example, it does not see the folder.
         """
         self.wait()
-        leaves, arrays = _describe(state)
+        leaves, arrays = processes.together(f"{self._name}: state {step}", lambda: _describe(state))
         partial = self.directory / f"{step}{_PARTIAL}"
-        if jax.process_index() == 0:
-            self._make_room(step)
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for stale in self.directory.glob(f"*{_PARTIAL}"):
-                shutil.rmtree(stale)  # left by a process that was killed while it saved
-            partial.mkdir()
+        processes.from_first(f"{self._name}: room for {step}", lambda: self._make_room(step, partial))
+        processes.together(f"{self._name}: sight of {step}", lambda: processes.wait_to_see(partial / "state"))
         copied = threading.Event()
         self._pending = step, self._thread.submit(self._write, step, partial, leaves, arrays, copied)
-        if jax.process_count() > 1:
+        if processes.count() > 1:
             copied.wait()  # an array that lies on several hosts is copied by Orbax, not by `_storable`
 
     def wait(self) -> None:
@@ -124,8 +132,6 @@ class Checkpoints:
                 f"checkpoint {step} could not be written to {self.directory} ({mend}): {failure}. "
                 f"The checkpoints before it are intact: {self.steps() or 'none'}."
             ) from failure
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step} in {self.directory}")
 
     def close(self) -> None:
         """Waits for the last save and frees the threads."""
@@ -142,9 +148,7 @@ class Checkpoints:
         `like` and the errors are those of `restore`.
         """
         self.wait()
-        step = self._newest_intact() if jax.process_index() == 0 else -1
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        step = processes.from_first(f"{self._name}: newest", self._newest_intact)
         return None if step < 0 else (step, self._read(step, like))
 
     def restore(self, step: int, like: Any) -> Any:
@@ -163,6 +167,11 @@ class Checkpoints:
           OSError: the checkpoint is damaged.
         """
         self.wait()
+        processes.from_first(f"{self._name}: {step}", lambda: self._check(step))
+        return self._read(step, like)
+
+    def _check(self, step: int) -> None:
+        """Raises where there is no checkpoint of `step`, or a damaged one."""
         folder = self.directory / str(step)
         if not folder.is_dir():
             held = f"it holds steps {self.steps()}" if self.steps() else "it holds no checkpoint"
@@ -170,10 +179,10 @@ class Checkpoints:
         damage = _damage(folder)
         if damage is not None:
             raise OSError(f"checkpoint {folder} is damaged: {damage}; the folder holds steps {self.steps()}")
-        return self._read(step, like)
 
-    def _make_room(self, step: int) -> None:
-        """Moves damaged checkpoints of `step` or later aside; refuses to go back behind an intact one."""
+    def _make_room(self, step: int, partial: Path) -> None:
+        """Makes the folder `partial`. Moves damaged checkpoints of `step` or later aside; refuses to go back behind an
+        intact one."""
         for later in [other for other in self.steps() if other >= step]:
             folder = self.directory / str(later)
             if _damage(folder) is None:
@@ -184,26 +193,39 @@ class Checkpoints:
             aside = folder.with_name(f"{later}{_DAMAGED}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for stale in self.directory.glob(f"*{_PARTIAL}"):
+            shutil.rmtree(stale)  # left by a process that was killed while it saved
+        (partial / "state").mkdir(parents=True)
 
     def _write(
         self, step: int, partial: Path, leaves: list[Leaf], arrays: dict[str, Any], copied: threading.Event
     ) -> None:
         """In the background: writes the arrays, then the manifest, names the folder, and prunes."""
-        try:
+
+        def write() -> None:
             try:
-                self._orbax.save(partial / "state", args=ocp.args.StandardSave(arrays))
+                saving = self._orbax.async_save(_orbax_path(partial), args=ocp.args.StandardSave(arrays))
+                commits = asyncio.run(saving) or []  # pyright: ignore[reportArgumentType]
             finally:
                 copied.set()
-            self._orbax.wait_until_finished()
-            if jax.process_index() != 0:
-                return
+            for commit in commits:
+                commit.result()
+
+        def name() -> None:
+            self._orbax.finalize(_orbax_path(partial))
             _write_manifest(partial, leaves)
             partial.rename(self.directory / str(step))
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.directory / str(old))
+
+        try:
+            processes.together(f"{self._name}: {step} written", write)
+            processes.from_first(f"{self._name}: {step} named", name)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its space back
+            if processes.is_first():
+                shutil.rmtree(partial, ignore_errors=True)  # gives a full disk its space back
             raise
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.directory / str(old))
 
     def _newest_intact(self) -> int:
         """The newest step whose checksums are right, or -1; warns of each newer one."""
@@ -216,7 +238,7 @@ class Checkpoints:
 
     def _read(self, step: int, like: Any) -> Any:
         folder = self.directory / str(step)
-        rows = _read_manifest(folder)["leaves"]
+        rows = processes.together(f"{self._name}: manifest {step}", lambda: _read_manifest(folder)["leaves"])
         saved = [Leaf(path, kind, dtype, tuple(shape), impl) for path, kind, dtype, shape, impl in rows]
         targets, structure = jax.tree_util.tree_flatten_with_path(like)
         wanted = [_leaf(path, target) for path, target in targets]
@@ -226,10 +248,17 @@ class Checkpoints:
             (leaf, target, generators[leaf.path]) for leaf, (_, target) in zip(wanted, targets, strict=True)
         ]
         placeholders = {leaf.path: _placeholder(target, generator) for leaf, target, generator in pairs}
-        arrays = self._orbax.restore(folder / "state", args=ocp.args.StandardRestore(placeholders))
+        arrays: Any = processes.together(
+            f"{self._name}: arrays {step}",
+            lambda: self._orbax.restore(_orbax_path(folder), args=ocp.args.StandardRestore(placeholders)),
+        )
         return structure.unflatten(
             _as_target(arrays[leaf.path], target, generator) for leaf, target, generator in pairs
         )
+
+
+def _orbax_path(folder: Path) -> epath.Path:
+    return epath.Path(folder / "state")
 
 
 def _describe(state: Any) -> tuple[list[Leaf], dict[str, Any]]:
@@ -307,19 +336,32 @@ def _as_target(value: Any, target: Any, generator: str) -> Any:
     if isinstance(target, np.generic):
         return target.dtype.type(value)
     if _is_placed(target) and not generator:
-        return value
+        return _weakened(value) if getattr(target, "weak_type", False) else value
     if 0 in target.shape:
         value = np.empty(*_stored_as(target, generator))
     if isinstance(target, np.ndarray):
         return value
+    if target.sharding is not None and not target.sharding.is_fully_addressable:
+        return _laid(value, target.sharding, generator)
     if generator:
         value = jax.random.wrap_key_data(jnp.asarray(value), impl=generator)
     elif getattr(target, "weak_type", False):
-        # A weakly typed array promotes differently, so losing the mark would change the numbers that follow.
-        value = jnp.full(target.shape, target.dtype.type(0).item()).at[...].set(jnp.asarray(value))
+        value = _weakened(jnp.asarray(value, target.dtype))
     # An uncommitted array stays so: committing it would forbid mixing it with arrays on other devices.
     placed = target.sharding is not None and getattr(target, "committed", True)
     return jax.device_put(value, target.sharding if placed else None)
+
+
+@jax.jit
+def _weakened(array: jax.Array) -> jax.Array:
+    """A weakly typed array promotes differently, so losing the mark would change the numbers that follow."""
+    return jnp.full(array.shape, array.dtype.type(0).item()).at[...].set(array)
+
+
+def _laid(value: np.ndarray, sharding: Any, generator: str) -> jax.Array:
+    """A key, or an array without elements, over the devices of several processes, each of which has the whole."""
+    array = jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+    return jax.random.wrap_key_data(array, impl=generator) if generator else array
 
 
 def _check_same(saved: list[Leaf], wanted: list[Leaf], folder: Path) -> None:

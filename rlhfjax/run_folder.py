@@ -13,22 +13,29 @@
 `metrics.jsonl` and `samples.jsonl` of a run that was killed and resumed equal, byte for byte, those of one
 never stopped: lines are appended whole, a half-written last line is repaired when the folder is opened, and
 `truncate_after` drops what lies past the checkpoint the run continues from.
+
+With several processes the folder lies on a file system that all share, and process 0 writes it. The others write what
+they would write into a copy of their own, which is thrown away: so what a stage reads back from its logs is the same
+on all, and nothing in an experiment need know which process it runs in. Checkpoints are written by all together.
 """
 
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from rlhfjax.config import Mesh
 from rlhfjax.tracking import Tracker, silent
 
 LOGS = ("metrics.jsonl", "perf.jsonl", "samples.jsonl")
@@ -36,12 +43,20 @@ LOGS = ("metrics.jsonl", "perf.jsonl", "samples.jsonl")
 DETERMINISTIC_LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
+class Copy(NamedTuple):
+    """The folder `of`, as a process that does not write it has it for itself, `at` another place."""
+
+    of: Path
+    at: Path
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run: where it writes, and the settings the runner gave it.
 
     `seed` is the root of all randomness of the run. `max_steps`, where given, caps the steps of every stage
-    (a smoke run). `profile` is how many steps of each stage are traced.
+    (a smoke run). `profile` is how many steps of each stage are traced. `mesh` is how the devices are laid out.
+    `copy` is given on a process that writes into a copy, of which nothing is kept (`own_copy`).
     """
 
     path: Path
@@ -50,10 +65,17 @@ class RunFolder:
     max_steps: int | None = None
     profile: int = 0
     tracker: Tracker = field(default_factory=silent)
+    mesh: Mesh = field(default_factory=Mesh)
+    copy: Copy | None = None
+
+    @property
+    def shared(self) -> Path:
+        """The folder that all processes share: `path`, but for those that write into a copy."""
+        return self.path if self.copy is None else self.copy.of / self.path.relative_to(self.copy.at)
 
     def checkpoints(self, stage: str) -> Path:
-        """The folder that holds the checkpoints of `stage`."""
-        return self.path / "checkpoints" / stage
+        """The folder that holds the checkpoints of `stage`, of all processes."""
+        return self.shared / "checkpoints" / stage
 
     def log_metrics(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one step's deterministic numbers to metrics.jsonl; one that is not finite as null."""
@@ -99,7 +121,7 @@ class RunFolder:
 
         A later stage is one whose lines follow the first line of `stage`. Its checkpoints continue from a
         state that is about to be computed again, so they are set aside under checkpoints/ as STAGE.stale-N;
-        nothing is deleted.
+        nothing is deleted. On a process with a copy, from that only.
         """
         logs = {name: _raw_lines(self.path / name) for name in DETERMINISTIC_LOGS}
         owners = {name: [json.loads(line)["stage"] for line in lines] for name, lines in logs.items()}
@@ -118,7 +140,7 @@ class RunFolder:
             ]
             if len(kept) != len(lines):
                 write_atomically(self.path / name, b"".join(kept))
-        for other in later:
+        for other in later if self.copy is None else ():
             _set_aside(self.checkpoints(other))
             _set_aside(self.path / "arrays" / f"{other}.npz")
 
@@ -154,7 +176,18 @@ def create(
     return RunFolder(path, experiment, seed, max_steps)
 
 
-def write_environment(path: Path, checkout: Path) -> None:
+@contextmanager
+def own_copy(folder: RunFolder) -> Iterator[RunFolder]:
+    """For a process that does not write `folder`: a copy of its logs, to write into while the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="rlhfjax-") as name:
+        at = Path(name) / folder.path.name
+        at.mkdir()
+        for log in LOGS:
+            shutil.copyfile(folder.path / log, at / log)
+        yield replace(folder, path=at, copy=Copy(of=folder.path, at=at))
+
+
+def write_environment(path: Path, checkout: Path, mesh: Mesh = Mesh()) -> None:  # noqa: B008  (frozen)
     """Writes environment.json: what this run, and each resumption of it, ran on. Imports jax."""
     import jax
 
@@ -169,6 +202,8 @@ def write_environment(path: Path, checkout: Path) -> None:
         "platform": platform.platform(),
         "versions": versions,
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        "mesh": asdict(mesh),
+        "processes": jax.process_count(),
         "cpu_count": os.cpu_count(),
         "git_commit": _git_commit(checkout),
     }

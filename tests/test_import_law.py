@@ -35,7 +35,9 @@ MAY_IMPORT = {
     "config": set(),
     "accelerators": set(),  # a table, beside the device it is read for
     **dict.fromkeys(RUN - {"config"}, RUN),
-    **dict.fromkeys(["checkpoint", "mesh"], {"config"}),
+    "processes": set(),  # how several are one run: below everything that waits for others
+    "checkpoint": {"config", "processes"},
+    "mesh": {"config"},
     **dict.fromkeys(["algorithms", "networks", "environments", "rewards", "data"], PURE),
     "generation": PURE | {"networks"},  # it drives a network's apply and cache
     "pretrained": PURE | {"networks", "data", "generation"},  # it answers, to be tried
@@ -110,7 +112,9 @@ def loaded_after(statement: str, libraries: list[str]) -> set[str]:
     return set(ast.literal_eval(run.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("module", ["rlhfjax", "rlhfjax.config", "rlhfjax.report", "rlhfjax.figures"])
+@pytest.mark.parametrize(
+    "module", ["rlhfjax", "rlhfjax.config", "rlhfjax.processes", "rlhfjax.report", "rlhfjax.figures"]
+)
 def test_the_light_modules_load_no_heavy_library(module: str):
     assert loaded_after(f"import {module}", ["jax", "flax", "optax", "orbax", "matplotlib"]) == set()
 
