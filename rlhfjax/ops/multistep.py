@@ -92,7 +92,7 @@ def n_step(
     taken = _steps(reward, jnp.zeros(jnp.shape(reward)), discount, mask, terminated, truncated)
     # `zeros_like`, so that under `shard_map` positions, which the loop carries too, vary over devices as rewards do.
     zeros_T = jnp.zeros_like(taken.reward, jnp.int32)
-    position_T = zeros_T + jnp.broadcast_to(jnp.arange(zeros_T.shape[-1]), zeros_T.shape)
+    position_T = zeros_T + jnp.broadcast_to(jnp.arange(zeros_T.shape[-1], dtype=jnp.int32), zeros_T.shape)
 
     def scan_time(taken: _Steps, position_T: Array) -> NStep:
         def step(after: NStep, now: tuple[_Steps, Array]) -> tuple[NStep, NStep]:
