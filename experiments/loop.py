@@ -230,8 +230,9 @@ def _restore(name: str, checkpoints: Checkpoints, init: Callable[[], State]) -> 
 def _must_wait(state: Any) -> bool:
     """Whether a step must end before the next begins: on CPUs programs of several devices that run at once may wait
     for each other for ever, one holding the threads that the other needs."""
-    leaf = next((leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)), None)
-    return leaf is not None and len(leaf.devices()) > 1 and next(iter(leaf.devices())).platform == "cpu"
+    if jax.default_backend() != "cpu":
+        return False
+    return any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in jax.tree.leaves(state))
 
 
 @contextlib.contextmanager

@@ -107,6 +107,11 @@ def main(arguments: Sequence[str] | None = None, directory: Path = HERE) -> int:
             if processes.count() == 1:
                 raise
             status = error.code if isinstance(error.code, int) else 2
+        except Exception:
+            if processes.count() == 1:
+                raise
+            traceback.print_exc()
+            status = 1
     return processes.leave(status)
 
 

@@ -217,17 +217,19 @@ def lock(path: Path) -> Iterator[None]:
     """Holds the folder for this process; two processes in one run would interleave their lines.
 
     The kernel drops the lock when the process dies, however it dies. Raises RuntimeError where another
-    process holds it.
+    process holds it. Where the file system has no locks (some shared ones), there is none, and a note says so.
     """
     import fcntl  # POSIX only, as is the runner
 
-    with open(path / "config.yaml", "rb") as file:
+    with open(path / "config.yaml", "r+b") as file:  # over NFS only what may be written may be locked
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RuntimeError(
                 f"another process is working in {path}: wait for it to end, or stop it"
             ) from None
+        except OSError as error:
+            print(f"note: {path} cannot be locked ({error.strerror}): start no second run in it")
         yield
 
 

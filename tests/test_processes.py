@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ ROOT = Path(run.__file__).resolve().parents[1]
 LAUNCH = ROOT / "experiments" / "launch"
 BITWISE = ("metrics.jsonl", "samples.jsonl", "summary.json")
 HEARTBEAT = 10  # seconds until a process that died is noticed
-SECONDS = 60  # until a test gives up
+SECONDS = 120  # until a test gives up
 
 # Two stages over all devices of all processes, and a computation between them; rows split, so that all must fetch.
 EXPERIMENT = """
@@ -41,7 +42,8 @@ DESCRIPTION = "rows on all devices"
 class Config:
     steps: int = 5
     pause: float = 0.0
-    wait_in_between: float = 0.0
+    broken_on: int = -1
+    not_finite_at: int = -1
 
 
 def run(config, folder):
@@ -63,7 +65,12 @@ def run(config, folder):
 
     def step(state, i):
         time.sleep(config.pause)
-        return compiled(state, i)
+        if i == 3 and config.broken_on == jax.process_index():
+            raise ValueError("planted")
+        state, metrics, aux = compiled(state, i)
+        if i == config.not_finite_at:
+            metrics["loss"] = metrics["loss"] * jnp.nan
+        return state, metrics, aux
 
     def stage(name, w, steps):
         return run_stage(
@@ -81,7 +88,6 @@ def run(config, folder):
         )
 
     first = stage("sft", jnp.arange(1.0, 9.0), config.steps)
-    time.sleep(config.wait_in_between)
     pairs = run_once("pairs", folder=folder, compute=lambda: ({"w": first["w_B"] * 2}, {"two": 2.0}, []))
     last = stage("ppo", pairs["w"], config.steps + 1)
     largest = max(line["largest"] for line in folder.metrics("ppo"))
@@ -166,12 +172,19 @@ def wait_for_lines(path: Path, lines: int, running: Sequence[subprocess.Popen[st
         time.sleep(0.005)
 
 
-@pytest.fixture
-def experiment(tmp_path: Path) -> Path:
-    directory = tmp_path / "experiments"
-    directory.mkdir()
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("experiments")
     (directory / "rows.py").write_text(EXPERIMENT)
     return directory
+
+
+@pytest.fixture(scope="module")
+def twelve_steps(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing stopped."""
+    path = tmp_path_factory.mktemp("whole")
+    assert run_all(experiment, path / "log", "rows", "--run-dir", str(path / "run"), "--steps=12") == [0, 0]
+    return path / "run"
 
 
 def bits(folder: Path) -> dict[str, bytes]:
@@ -266,11 +279,11 @@ def test_four_processes_are_one_run_and_a_resumed_one_may_have_other_numbers(
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_process_is_killed_in_mid_step_the_others_stop_and_the_run_goes_on(
-    victim: int, experiment: Path, tmp_path: Path
+    victim: int, experiment: Path, twelve_steps: Path, tmp_path: Path
 ):
-    whole, path, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    assert run_all(experiment, tmp_path / "first", "rows", "--run-dir", str(whole)) == [0, 0]
-    with started(RUN, [[str(experiment), "rows", "--run-dir", str(path), "--pause=0.3"]] * 2, log) as running:
+    path, log = tmp_path / "run", tmp_path / "log"
+    own = [str(experiment), "rows", "--run-dir", str(path), "--steps=12", "--pause=0.3"]
+    with started(RUN, [own] * 2, log) as running:
         wait_for_lines(path / "metrics.jsonl", 3, running)
         running[victim].kill()
         begin = time.monotonic()
@@ -280,14 +293,36 @@ def test_one_process_is_killed_in_mid_step_the_others_stop_and_the_run_goes_on(
     assert run_all(experiment, tmp_path / "again", "--resume", str(path)) == [0, 0], all_said(
         tmp_path / "again"
     )
-    assert bits(path) == bits(whole)
+    assert bits(path) == bits(twelve_steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_error_on_one_process_ends_all(broken: int, experiment: Path, tmp_path: Path):
+    log, path = tmp_path / "log", tmp_path / "run"
+    own = [str(experiment), "rows", "--run-dir", str(path), f"--broken-on={broken}"]
+    with started(RUN, [own] * 2, log) as running:
+        statuses = ended(running, HEARTBEAT + 40)
+    assert statuses[broken] == 1 and statuses[1 - broken] != 0
+    assert f"error on process {broken} of 2: planted" in said(log, broken)
+    assert "planted" in (path / ("error-1.txt" if broken else "error.txt")).read_text()
+
+
+@pytest.mark.slow
+def test_a_number_that_is_not_finite_stops_all_with_the_same_words(experiment: Path, tmp_path: Path):
+    log, path = tmp_path / "log", tmp_path / "run"
+    assert run_all(experiment, log, "rows", "--run-dir", str(path), "--not-finite-at=2") == [1, 1]
+    for number in (0, 1):
+        assert f"error on process {number} of 2: stage sft, step 3: loss = nan." in said(log, number)
+    assert [step.name for step in (path / "checkpoints" / "sft").iterdir()] == ["2"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [[0], [1], [0, 1]])
-def test_sigterm_to_any_process_stops_all_at_one_step(told: list[int], experiment: Path, tmp_path: Path):
-    whole, path, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    assert run_all(experiment, tmp_path / "first", "rows", "--run-dir", str(whole), "--steps=12") == [0, 0]
+def test_sigterm_to_any_process_stops_all_at_one_step(
+    told: list[int], experiment: Path, twelve_steps: Path, tmp_path: Path
+):
+    path, log = tmp_path / "run", tmp_path / "log"
     own = [str(experiment), "rows", "--run-dir", str(path), "--steps=12", "--pause=0.5"]
     with started(RUN, [own] * 2, log) as running:
         wait_for_lines(path / "metrics.jsonl", 2, running)
@@ -301,7 +336,7 @@ def test_sigterm_to_any_process_stops_all_at_one_step(told: list[int], experimen
     assert run_all(experiment, tmp_path / "again", "--resume", str(path)) == [0, 0], all_said(
         tmp_path / "again"
     )
-    assert bits(path) == bits(whole)
+    assert bits(path) == bits(twelve_steps)
 
 
 @pytest.mark.slow
@@ -673,3 +708,100 @@ def test_sigterm_saves_and_stops_and_the_resumed_run_has_the_same_bits(
     assert not (stopped / "summary.json").exists()
     assert run.main(["--resume", str(stopped)], tmp_path / "experiments") == 0
     assert bits(stopped) == bits(whole)
+
+
+def environment_with(tmp_path: Path, **programs: str) -> dict[str, str]:
+    """The environment, with `programs` (name -> what the shell does in its place) found before all others."""
+    (tmp_path / "bin").mkdir()
+    for name, body in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    return os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+
+
+PYTHON = 'printf "[%s] " "$@"; exit ${STATUS:-0}'
+
+
+def shell(script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments], env=env, capture_output=True, text=True, timeout=SECONDS
+    )
+
+
+def test_the_slurm_script_begins_resumes_and_goes_back_into_the_queue(tmp_path: Path):
+    env = environment_with(tmp_path, srun='shift; exec "$@"', scontrol='echo "scontrol $@"', python=PYTHON)
+    env |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "try"}
+    path = tmp_path / "runs" / "try-7"
+    first = shell("slurm.sbatch", "length", "--seed", "a b", env=env)
+    begun = f"[experiments/run.py] [length] [--seed] [a b] [--run-dir] [{path}] [--mesh.fsdp] [8] "
+    assert (first.returncode, first.stdout) == (0, begun)
+    path.mkdir(parents=True)
+    (path / "config.yaml").touch()
+    resumed = f"[experiments/run.py] [--resume] [{path}] [--mesh.fsdp] [8] "
+    again = shell("slurm.sbatch", "length", env=env | {"STATUS": "143"})
+    assert (again.returncode, again.stdout) == (143, f"{resumed}scontrol requeue 7\n")
+    failed = shell("slurm.sbatch", "length", env=env | {"STATUS": "1"})
+    assert (failed.returncode, failed.stdout) == (1, resumed)
+
+
+def test_the_tpu_script_begins_and_resumes_on_all_hosts(tmp_path: Path):
+    env = environment_with(tmp_path, gcloud='echo "${@:1:$#-1}"; exec bash -c "${@: -1}"', python=PYTHON)
+    path = tmp_path / "a run"
+    env |= {"TPU": "slice", "ZONE": "here", "RUN_DIR": str(path)}
+    (tmp_path / "rlhfjax").mkdir()
+    told = "compute tpus tpu-vm ssh slice --zone here --worker=all --command\n"
+    first = shell("tpu_pod.sh", "length", "--name", "it's", env=env)
+    assert first.stdout == (
+        f"{told}[experiments/run.py] [length] [--name] [it's] [--run-dir] [{path}] [--mesh.fsdp] [8] "
+    )
+    path.mkdir()
+    (path / "config.yaml").touch()
+    again = shell("tpu_pod.sh", "length", env=env)
+    assert again.stdout == f"{told}[experiments/run.py] [--resume] [{path}] [--mesh.fsdp] [8] "
+    assert "zone" in shell("tpu_pod.sh", env={key: env[key] for key in env if key != "ZONE"}).stderr
+
+
+def test_the_jobset_is_of_the_form_that_kubernetes_takes(tmp_path: Path):
+    jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] == 2
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    env = environment_with(tmp_path, python=PYTHON) | {"JOB_COMPLETION_INDEX": "1"}
+    command = [*container["command"], *container["args"]]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=SECONDS, check=True)
+    how = done.stdout.split("[--distributed] [")[1].split("]")[0]
+    # The name that JobSet gives the first pod: JOBSET-JOB-0-0.JOBSET
+    host = f"{jobset['metadata']['name']}-{replicated['name']}-0-0.{jobset['metadata']['name']}"
+    port = container["ports"][0]["containerPort"]
+    assert processes.parse(how) == (f"{host}:{port}", job["parallelism"], 1)
+
+
+EIGHT = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_a_run_of_four_devices_goes_on_with_others(devices: int, experiment: Path, tmp_path: Path):
+    path, whole = tmp_path / "run", tmp_path / "whole"
+    assert run.main(["rows", "--run-dir", str(whole)], experiment) == 0  # on the four devices of this process
+    shutil.copytree(whole, path)
+    stages = path / "checkpoints"
+    for later in (stages / "ppo", stages / "sft" / "5", path / "arrays" / "pairs.npz", path / "summary.json"):
+        shutil.rmtree(later) if later.is_dir() else later.unlink()  # as if it had been killed in step 5
+    program = EIGHT + RUN.replace("sys.argv[2:], Path(sys.argv[1])", "sys.argv[3:], Path(sys.argv[2])")
+    command = [sys.executable, "-c", program, str(devices), str(experiment), "--resume", str(path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert "continues: checkpoint of step 4 of 5" in done.stdout
+    assert len(json.loads((path / "environment.json").read_text())["sessions"][1]["devices"]) == devices
+    assert_close(path, whole)

@@ -179,3 +179,17 @@ def test_one_process_works_in_a_folder_at_a_time(tmp_path):
     with run_folder.lock(folder.path):
         assert "another process is working in" in other().stderr
     assert other().returncode == 0
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    def no_locks(file, operation):
+        assert "+" in file.mode  # a network file system locks only what may be written
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    folder = make(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with run_folder.lock(folder.path):
+        pass
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
