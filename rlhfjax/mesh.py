@@ -221,6 +221,8 @@ def activations(mesh: Devices) -> Callable[[jax.Array, str], jax.Array]:
         manual = set() if context.empty else set(context.manual_axes)
         split = [_without(_LETTERS.get(letter), manual) for letter in axes]
         for size, letter, over in zip(x.shape, axes, split, strict=True):
+            if letter in "BR" and not manual:
+                check_rows(mesh, size, what="batch, or a minibatch or microbatch of it,")
             _check_even(mesh, size, over, f"axis {letter} of an activation {axes} {list(x.shape)}")
         partition = PartitionSpec(*split)
         if manual:
