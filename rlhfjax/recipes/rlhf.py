@@ -19,7 +19,7 @@ from rlhfjax.algorithms.algorithm import Algorithm
 from rlhfjax.generation import Generation, Sampling, generate, generate_refilled, sample_keys
 from rlhfjax.mesh import Devices, each_on_its_rows
 from rlhfjax.networks import Branches, LanguageModel
-from rlhfjax.ops import masked_mean
+from rlhfjax.ops import batch_mean
 from rlhfjax.recipes.batches import AsBatch
 
 
@@ -76,6 +76,7 @@ def make_rlhf(
     policy: Callable[[Any], dict] = itemgetter("policy"),
     slots: int | None = None,
     mesh: Devices | None = None,
+    axis_name: str | None = None,
 ) -> RLHF:
     """Composes an iteration.
 
@@ -96,6 +97,8 @@ def make_rlhf(
       slots: completions decoded at a time on each device, so that short ones do not wait for long ones
         (`generate_refilled`); None decodes all together. The completions are the same.
       mesh: the devices that the batch is split over (`rlhfjax.mesh`), for `slots` only: each refills its own.
+      axis_name: mapped axis (`shard_map`, `pmap`, `vmap`) over whose members the prompts are split: metrics are of all,
+        where the algorithm has it too.
 
     A score that is not finite is never trained on, finished or not: its completion is masked out, and counted in
     "reward/nonfinite" (by `ppo` and `grpo`).
@@ -127,7 +130,9 @@ def make_rlhf(
     def rollout(state, prompts: Prompts, key: jax.Array) -> Generation:
         return roll_out(policy(state.params), prompts, sample_keys(key, prompts.index_B, drawn))
 
-    learn_from = make_learn(algorithm, as_batch, missing_eos_penalty=missing_eos_penalty, samples=samples)
+    learn_from = make_learn(
+        algorithm, as_batch, missing_eos_penalty=missing_eos_penalty, samples=samples, axis_name=axis_name
+    )
 
     def learn(
         state, frozen: Frozen, prompts: Prompts, generation: Generation, score: jax.Array, key: jax.Array
@@ -154,6 +159,7 @@ def make_learn(
     *,
     missing_eos_penalty: float | None = None,
     samples: int | None = None,
+    axis_name: str | None = None,
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """`learn(state, frozen, branches, generation, score_BG, key) -> (state, metrics)` from completions however they
     were made, such as whole conversations (`chat_rollout`). Pure; the key is consumed.
@@ -174,7 +180,7 @@ def make_learn(
         state, metrics = algorithm.update(state, batch, key)
         sampled = Generation(*(x[:, :samples] for x in generation))
         seen_BGC = branches.completion_mask_BGC[:, :samples]
-        return state, metrics | _completion_metrics(sampled, seen_BGC, score[:, :samples])
+        return state, metrics | _completion_metrics(sampled, seen_BGC, score[:, :samples], axis_name)
 
     return learn
 
@@ -226,16 +232,19 @@ def _penalised(score: jax.Array, generation: Generation, missing_eos_penalty: fl
 
 
 def _completion_metrics(
-    generation: Generation, seen_BGC: jax.Array, score: jax.Array
+    generation: Generation, seen_BGC: jax.Array, score: jax.Array, axis_name: str | None
 ) -> dict[str, jax.Array]:
     """Of several rewards, "objective/score" is that of all of them alike."""
-    length_BG = jnp.sum(generation.mask_BGC, axis=2, dtype=jnp.float32)
+
+    def mean(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        return batch_mean(x.astype(jnp.float32), mask, axis_name=axis_name)
+
     finite = jnp.isfinite(score)
-    mean = masked_mean(score, finite)
+    score_mean = mean(score, finite)
     return {
-        "objective/score": mean,
-        "objective/score_std": jnp.sqrt(masked_mean(jnp.square(score - mean), finite)),
-        "completions/mean_length": jnp.mean(length_BG),
-        "completions/finished": jnp.mean(generation.finished_BG.astype(jnp.float32)),
-        "completions/padding": 1.0 - jnp.mean(seen_BGC.astype(jnp.float32)),
+        "objective/score": score_mean,
+        "objective/score_std": jnp.sqrt(mean(jnp.square(score - score_mean), finite)),
+        "completions/mean_length": mean(jnp.sum(generation.mask_BGC, axis=2)),
+        "completions/finished": mean(generation.finished_BG),
+        "completions/padding": 1.0 - mean(seen_BGC),
     }
