@@ -129,9 +129,9 @@ def shardings(mesh: Devices, tree: PyTree, rules: Sequence[Rule] = RULES) -> PyT
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
-def rows(mesh: Devices) -> NamedSharding:
-    """Split along the first axis over all of `ROWS`."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+def rows(mesh: Devices, axis: int = 0) -> NamedSharding:
+    """Split along the first axis, or that number `axis`, over all of `ROWS`."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ROWS))
 
 
 def whole(mesh: Devices) -> NamedSharding:
@@ -144,6 +144,23 @@ def place_params(mesh: Devices) -> Callable[[tuple[str, ...], tuple[int, ...]], 
     if mesh.size == 1:
         return None
     return lambda path, shape: NamedSharding(mesh, _partition(mesh, "/".join(path), shape, RULES))
+
+
+def place_rows(mesh: Devices | None) -> Callable[[Any], Any]:
+    """`place` of rollouts and games, within a program: arrays that have a row for each world are split by rows. Under
+    `vmap` the rows are those of each member. On one device, and with None, it changes nothing.
+
+    What it gives raises ValueError, when tracing, where the rows cannot be split evenly.
+    """
+    if mesh is None or mesh.size == 1:
+        return lambda tree: tree
+
+    def place(tree: Tree) -> Tree:
+        for leaf in jax.tree.leaves(tree):
+            check_rows(mesh, leaf.shape[0], what="set of worlds")
+        return jax.lax.with_sharding_constraint(tree, rows(mesh))
+
+    return place
 
 
 def put(mesh: Devices, tree: Tree, rules: Sequence[Rule] = RULES) -> Tree:
