@@ -1,5 +1,7 @@
 """Supervised fine-tuning on packed rows of prompt and completion."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,12 @@ from rlhfjax.recipes import PackedInputs, packed_logp
 from rlhfjax.run_folder import RunFolder
 
 
+def make_algorithm(config: Config) -> Callable[[LanguageModel], Algorithm]:
+    """The algorithm of this stage, on a language model."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    return lambda lm: sft.make(packed_logp(lm), optimizer, config.algorithm)
+
+
 def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, folder: RunFolder) -> dict:
     """Fine-tunes the base model on the examples numbered `rows`; returns the parameters that were trained."""
 
@@ -23,12 +31,7 @@ def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, f
     if config.steps == 0:
         return start()
     packed = text.pack(examples, rows, config.length)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-
-    def algorithm(lm: LanguageModel) -> Algorithm:
-        return sft.make(packed_logp(lm), optimizer, config.algorithm)
-
-    update = text.jit(lambda lm: algorithm(lm).update, donate_argnums=(0,))
+    init, update = text.compiled(make_algorithm(config))
     key = jax.random.fold_in(jax.random.key(folder.seed), 1)
 
     def batch(step: int) -> sft.Batch:
@@ -45,7 +48,7 @@ def finetune(config: Config, text: Text, examples: Examples, rows: np.ndarray, f
     state = run_stage(
         "sft",
         folder=folder,
-        init=lambda: text.init(algorithm(text.lm).init, start()),
+        init=lambda: init(start()),
         step=step,
         batch=batch,
         steps=config.steps,

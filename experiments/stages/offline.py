@@ -62,15 +62,24 @@ def check(config: Config, available: int) -> None:
         raise ValueError(f"kl_weight and curve name a weight twice: {weights}")
 
 
+def make_algorithm(config: Config) -> Callable[[LanguageModel], Algorithm]:
+    """The algorithm of a stage, on a language model."""
+    if isinstance(config, SoftQStage):
+        evaluate = partial(text_soft_q, states=branch_states, temperature=config.temperature)
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        return lambda lm: soft_q.make(evaluate(lm), optimizer, config.algorithm)
+    algorithm, optimizer = config.algorithm, _value_optimizer(config)
+
+    def make(lm: LanguageModel) -> Algorithm:
+        values = text_values(lm, states=branch_states, temperature=config.temperature)
+        return ilql.make(values.evaluate, optimizer, algorithm, **values.target())
+
+    return make
+
+
 def train_soft_q(name: str, config: SoftQStage, problem: Problem, rated: Rated, folder: RunFolder) -> Writer:
     """Trains the policy from the reference on its rated samples, in the stage `name`."""
     text, temperature = problem.text, config.temperature
-    optimizer = make_optimizer(config.optimizer, config.steps)
-
-    def algorithm(lm: LanguageModel) -> Algorithm:
-        evaluate = text_soft_q(lm, states=branch_states, temperature=temperature)
-        return soft_q.make(evaluate, optimizer, config.algorithm)
-
     with_reference = text.jit(
         lambda lm: partial(soft_batch, lm, states=branch_states, temperature=temperature)
     )
@@ -80,8 +89,7 @@ def train_soft_q(name: str, config: SoftQStage, problem: Problem, rated: Rated, 
         config.prompts,
     )
     size = text.config.prompt_length + rated.token_BGC[0].size
-    start = partial(_copy, problem.reference)
-    return Writer(_train(name, config, text, algorithm, start, data, SOFT_Q_COLUMNS, size, folder))
+    return Writer(_train(name, config, text, lambda: problem.reference, data, SOFT_Q_COLUMNS, size, folder))
 
 
 def train_values(config: ILQLStage, problem: Problem, rated: Rated, trunk: dict, folder: RunFolder) -> Writer:
@@ -90,24 +98,18 @@ def train_values(config: ILQLStage, problem: Problem, rated: Rated, trunk: dict,
     The values know nothing of the KL's weight, so those of several weights are learnt once. They begin at 0, on a
     copy of `trunk`.
     """
-    text, optimizer = problem.text, _value_optimizer(config)
-
-    def algorithm(lm: LanguageModel) -> Algorithm:
-        values = text_values(lm, states=branch_states, temperature=config.temperature)
-        return ilql.make(values.evaluate, optimizer, config.algorithm, **values.target())
+    text = problem.text
 
     def start() -> PyTree:
         key = jax.random.fold_in(jax.random.key(folder.seed), 7)
         state_value = config.algorithm.expectile is not None
-        params = init_text_values(key, text.lm, _copy(problem.reference), state_value=state_value, scale=0.0)
-        params["value"]["trunk"] = _copy(trunk)
+        params = init_text_values(key, text.lm, problem.reference, state_value=state_value, scale=0.0)
+        params["value"]["trunk"] = trunk
         return params
 
     data = _in_parts(lambda index: _episodes(problem, rated, index), len(rated.row_B), config.prompts)
     size = text.config.prompt_length + rated.token_BGC[0].size
-    return guided_writer(
-        config, _train("ilql", config, text, algorithm, start, data, ILQL_COLUMNS, size, folder)
-    )
+    return guided_writer(config, _train("ilql", config, text, start, data, ILQL_COLUMNS, size, folder))
 
 
 def guided_writer(config: ILQLStage, params: dict) -> Writer:
@@ -148,7 +150,6 @@ def _train(
     name: str,
     config: Config,
     text: Text,
-    algorithm: Callable[[LanguageModel], Algorithm],
     start: Callable[[], PyTree],
     data: PyTree,
     columns: dict[str, str],
@@ -156,7 +157,7 @@ def _train(
     folder: RunFolder,
 ) -> PyTree:
     """Runs the stage `name` on batches of `data`, one row a prompt, of `size` tokens; returns the parameters."""
-    update = text.jit(lambda lm: algorithm(lm).update, donate_argnums=(0,))
+    init, update = text.compiled(make_algorithm(config))
     key = jax.random.fold_in(jax.random.key(folder.seed), 8)
     count = len(jax.tree.leaves(data)[0])
 
@@ -171,7 +172,7 @@ def _train(
     state = run_stage(
         name,
         folder=folder,
-        init=lambda: text.init(algorithm(text.lm).init, start()),
+        init=lambda: init(start()),
         step=step,
         batch=batch,
         steps=config.steps,
@@ -202,11 +203,6 @@ def _value_optimizer(config: ILQLStage) -> optax.GradientTransformation:
         config.steps,
         orthogonalise=lambda path, x: is_hidden_matrix(path, x) and not path.endswith("outer"),
     )
-
-
-def _copy(params: PyTree) -> PyTree:
-    """The state is donated, and what it starts from must outlive it."""
-    return jax.tree.map(jnp.array, params)
 
 
 def _never(*_: Any) -> Any:

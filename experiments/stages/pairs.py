@@ -1,5 +1,6 @@
 """Preference optimisation on the judged pairs: no reward model, no sampling."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -37,17 +38,22 @@ def check_pairs(config: Config, available: int) -> None:
     dpo.make(lambda params, inputs: inputs, make_optimizer(config.optimizer, config.steps), config.algorithm)
 
 
-def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, folder: RunFolder) -> dict:
-    """Trains on the first prompts of `judged` in the stage `name`; returns the policy's parameters."""
-    text, temperature = problem.text, config.temperature
+def make_algorithm(config: Config) -> Callable[[LanguageModel], Algorithm]:
+    """The algorithm of this stage, on a language model."""
     collision = config.algorithm.weighting == "aligned"
     optimizer = make_optimizer(config.optimizer, config.steps)
 
-    def algorithm(lm: LanguageModel) -> Algorithm:
-        evaluate = pair_evaluate(lm, temperature=temperature, collision=collision)
+    def make(lm: LanguageModel) -> Algorithm:
+        evaluate = pair_evaluate(lm, temperature=config.temperature, collision=collision)
         return dpo.make(evaluate, optimizer, config.algorithm)
 
-    update = text.jit(lambda lm: algorithm(lm).update, donate_argnums=(0,))
+    return make
+
+
+def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, folder: RunFolder) -> dict:
+    """Trains on the first prompts of `judged` in the stage `name`; returns the policy's parameters."""
+    text = problem.text
+    init, update = text.compiled(make_algorithm(config))
     logp_ref = None if config.algorithm.reference_free else _reference_logp(config, problem, judged)
     key = jax.random.fold_in(jax.random.key(folder.seed), 5)
     pairs = judged.preferences
@@ -73,7 +79,7 @@ def train_on_pairs(name: str, config: Config, problem: Problem, judged: Judged, 
     state = run_stage(
         name,
         folder=folder,
-        init=lambda: text.init(algorithm(text.lm).init, problem.reference),
+        init=lambda: init(problem.reference),
         step=step,
         batch=batch,
         steps=config.steps,

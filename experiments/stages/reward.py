@@ -1,5 +1,6 @@
 """The reward model: learnt from preferences, normalised on the reference's samples, measured on held-out ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -43,22 +44,22 @@ def check(config: Config, available: int) -> None:
     make_optimizer(config.optimizer, config.steps)
 
 
+def make_algorithm(config: Config) -> Callable[[LanguageModel], Algorithm]:
+    """The algorithm of this stage, on a language model."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    return lambda lm: reward_model.make(make_reward_model(lm, pool=config.pool), optimizer, config.algorithm)
+
+
 def train_reward_model(
     config: Config, text: Text, policy: dict, examples: Examples, judged: Judged, folder: RunFolder
 ) -> Learned:
     """Trains on the first prompts of `judged`, then normalises and measures."""
-    optimizer = make_optimizer(config.optimizer, config.steps)
-
-    def algorithm(lm: LanguageModel) -> Algorithm:
-        return reward_model.make(make_reward_model(lm, pool=config.pool), optimizer, config.algorithm)
-
-    update = text.jit(lambda lm: algorithm(lm).update, donate_argnums=(0,))
+    init_state, update = text.compiled(make_algorithm(config))
     key_init, key_update = jax.random.split(jax.random.fold_in(jax.random.key(folder.seed), 3))
     pairs = judged.preferences
 
     def init():
-        params = init_reward_model(key_init, policy, text.lm.config.width)
-        return text.init(algorithm(text.lm).init, params)
+        return init_state(init_reward_model(key_init, policy, text.lm.config.width))
 
     def batch(step: int) -> reward_model.Preference:
         index = batch_indices(folder.seed, step, config.prompts, judged.trained)

@@ -15,6 +15,7 @@ import numpy as np
 from experiments.assets import asset
 from experiments.stages.chats import Examples, load_chats
 from experiments.stages.configs import Text as Config
+from rlhfjax.algorithms import Algorithm
 from rlhfjax.config import LoRA, Mesh
 from rlhfjax.data import (
     BPETokenizer,
@@ -79,12 +80,17 @@ class Text:
         return partial(jax.jit(on_base, donate_argnums=tuple(i + 1 for i in donate_argnums)), self.base)
 
     def start(self, key: jax.Array) -> dict:
-        """The params that training starts from, arrays of their own: a copy of the base, or adapters that change
-        nothing. The key is consumed.
-        """
+        """The params that training starts from: the base, or adapters that change nothing. The key is consumed."""
         if self.lora is None:
-            return jax.tree.map(jnp.array, self.base)
+            return self.base
         return init_on(self.mesh, jax.jit(partial(init_lora, config=self.lora)), key, self.base)
+
+    def compiled(self, make: Callable[[LanguageModel], Algorithm]) -> Algorithm:
+        """The algorithm `make(lm)`: its `init(params)` puts the state where it belongs, its `update` is one program
+        that donates it."""
+        return Algorithm(
+            partial(self.init, make(self.lm).init), self.jit(lambda lm: make(lm).update, donate_argnums=(0,))
+        )
 
     def init(self, init: Callable[[dict], Any], params: dict) -> Any:
         """`init(params)`, the state that training starts from, where it belongs. Its arrays are its own: the state is
