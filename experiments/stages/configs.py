@@ -34,6 +34,9 @@ class Text:
     """Of the base's numbers. Below 32 only where adapters are trained; 8 and 4 hold its projections quantised."""
     compute: Literal["float32", "bfloat16"] = "float32"
     """Type that the model computes in."""
+    remat: Literal["none", "attention", "dots", "block"] = "none"
+    """What the backward pass computes again in place of keeping it: nothing, attention's scores, all but the products,
+    or whole blocks."""
     prompt_length: int = 64
     """Most tokens of a prompt, separator included; longer pairs are left out, and counted."""
     completion_length: int = 24

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from experiments.stages import offline, policy
 from experiments.stages.configs import (
@@ -68,16 +69,19 @@ def optimise(
     if isinstance(config, ILQLStage):
         return offline.train_values(config, problem, rated(), critic_trunk, folder)
 
-    def learner(lm: LanguageModel) -> Learner:
-        if isinstance(config, PPOStage):
-            return policy.ppo_learner(lm, config, problem, critic_trunk)
-        if isinstance(config, GRPOStage):
-            return policy.grpo_learner(lm, config, problem)
-        if isinstance(config, OnlineDPOStage):
-            return policy.online_dpo_learner(lm, config, problem)
-        return policy.raft_learner(lm, config, problem)
-
+    learner = partial(make_learner, config=config, problem=problem, critic_trunk=critic_trunk)
     return Writer(policy.optimise_policy(name, config, learner, problem, folder))
+
+
+def make_learner(lm: LanguageModel, config: policy.Config, problem: Problem, critic_trunk: dict) -> Learner:
+    """What a method on the policy's own samples learns with."""
+    if isinstance(config, PPOStage):
+        return policy.ppo_learner(lm, config, problem, critic_trunk)
+    if isinstance(config, GRPOStage):
+        return policy.grpo_learner(lm, config, problem)
+    if isinstance(config, OnlineDPOStage):
+        return policy.online_dpo_learner(lm, config, problem)
+    return policy.raft_learner(lm, config, problem)
 
 
 def kl_weight(config: Stage) -> float | None:

@@ -102,14 +102,19 @@ def train_values(config: ILQLStage, problem: Problem, rated: Rated, trunk: dict,
 
     def start() -> PyTree:
         key = jax.random.fold_in(jax.random.key(folder.seed), 7)
-        state_value = config.algorithm.expectile is not None
-        params = init_text_values(key, text.lm, problem.reference, state_value=state_value, scale=0.0)
-        params["value"]["trunk"] = trunk
-        return params
+        return start_of_values(key, config, text.lm, problem.reference, trunk)
 
     data = _in_parts(lambda index: _episodes(problem, rated, index), len(rated.row_B), config.prompts)
     size = text.config.prompt_length + rated.token_BGC[0].size
     return guided_writer(config, _train("ilql", config, text, start, data, ILQL_COLUMNS, size, folder))
+
+
+def start_of_values(key: jax.Array, config: ILQLStage, lm: LanguageModel, policy: dict, trunk: dict) -> dict:
+    """The params that values are learnt from: heads at 0 on `trunk`, beside the policy. The key is consumed."""
+    state_value = config.algorithm.expectile is not None
+    params = init_text_values(key, lm, policy, state_value=state_value, separate_trunk=False, scale=0.0)
+    params["value"]["trunk"] = trunk
+    return params
 
 
 def guided_writer(config: ILQLStage, params: dict) -> Writer:

@@ -1,6 +1,7 @@
 """Text in: the tokenizer, the base model, and pairs or conversations, split between fine-tuning and reinforcement
 learning."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -217,6 +218,7 @@ def open_text(config: Config, layout: Mesh = Mesh()) -> Text:  # noqa: B008  (fr
     if config.base_bits in (8, 4):
         params = quantise(params, config.base_bits)
     lora = config.lora if config.trained == "lora" else None
+    shape = dataclasses.replace(shape, remat=config.remat)
     lm = gathered_to_decode(mesh, decoder(shape, place=activations(mesh)))
     params = put(mesh, params)
     return Text(config, tokenizer, lm, params, stops, unused, template, lora, source, mesh)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhfjax.networks.splash import splash
+from rlhfjax.ops import backend
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 _HIDDEN = -1e30  # the score of a key that a query may not see; finite, so that no gradient is NaN
@@ -114,7 +115,7 @@ def kernel_for(
     """What "auto" is here: cuDNN's kernel where it serves (a GPU, bfloat16, heads of 8, 16, ... 128, several queries,
     no softcap).
 
-    The backend is JAX's default one, when the program is traced. "splash" is never chosen: it has been run by Pallas'
+    The backend is that of `ops.backend`, when it is traced. "splash" is never chosen: it has been run by Pallas'
     interpreter only.
     """
     if wanted != "auto":
@@ -122,7 +123,7 @@ def kernel_for(
     serves = (
         dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128 and queries > 1 and softcap is None
     )
-    return "cudnn" if serves and jax.default_backend() == "gpu" else "xla"
+    return "cudnn" if serves and backend() == "gpu" else "xla"
 
 
 def within_window(query_position_BT: jax.Array, key_position_BS: jax.Array, window: int) -> jax.Array:
@@ -227,7 +228,7 @@ def _splash_branches(query_BHTK, key_BNKS, value_BNSK, mask: BranchMask):
 
 
 def _interpreted() -> bool:
-    return jax.default_backend() != "tpu"
+    return backend() != "tpu"
 
 
 def _as_rows(query_BHTK, key_BNKS, value_BNSK, mask: BranchMask):

@@ -38,6 +38,7 @@ from rlhfjax.networks.layers import (
     matrix_first,
 )
 from rlhfjax.networks.rope import check_rope, rope_frequencies, rotary
+from rlhfjax.ops import backend
 
 
 class LayerCache(NamedTuple):
@@ -309,12 +310,12 @@ def decoder(config: Config, *, place: Place = _anywhere) -> LanguageModel:
         return place(params["embedding" if config.tie_embeddings else "unembedding"], "V-")
 
     def for_decoding(params: dict) -> dict:
-        return _decoding(params, jnp.dtype(config.dtype), transpose=jax.default_backend() == "cpu")
+        return _decoding(params, jnp.dtype(config.dtype), transpose=backend() == "cpu")
 
     def logits(params: dict, hidden: jax.Array) -> jax.Array:
         table = embedding(params).astype(hidden.dtype)
         few = hidden[..., 0].size <= _FEW_ROWS and hidden.dtype == jnp.float32
-        if few and jax.default_backend() == "cpu":
+        if few and backend() == "cpu":
             rows = hidden.reshape(-1, config.width)
             found = matrix_first(table, rows).reshape(*hidden.shape[:-1], -1)
         else:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhfjax.ops import backend
+
 
 class Norm(nn.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm over the last axis, in float32.
@@ -129,7 +131,7 @@ def _in_parts(product: Callable[[dict], jax.Array], stored: dict, axis: int) -> 
     # Four bits are cut between groups only, whose halves share bytes.
     uncut = {SCALES} if axis == 0 and groups == 1 and INT8 in stored else set()
     halves = all(x.shape[axis] % parts == 0 for name, x in stored.items() if name not in uncut)
-    if jax.default_backend() != "cpu" or not halves:
+    if backend() != "cpu" or not halves:
         return product(stored)
 
     def one(i: jax.Array) -> jax.Array:

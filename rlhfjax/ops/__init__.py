@@ -6,6 +6,7 @@ names the argument; `mask` is True where an entry counts. Array suffixes in the 
 D width, N rows, C rows of a chunk.
 """
 
+from rlhfjax.ops._backend import backend, compiling_for
 from rlhfjax.ops.advantages import (
     all_equal,
     batch_mean,
@@ -91,6 +92,7 @@ __all__ = [
     "all_equal",
     "apo_down_loss",
     "apo_zero_loss",
+    "backend",
     "batch_mean",
     "batch_std",
     "bayes_accuracy",
@@ -106,6 +108,7 @@ __all__ = [
     "categorical_kl",
     "clipped_surrogate",
     "clipped_value_loss",
+    "compiling_for",
     "cql_penalty",
     "debiased_label",
     "discounted_returns",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from rlhfjax.ops._backend import backend
 from rlhfjax.ops._check import as_index, as_number, describe, require_float, require_rank
 
 # A chunk holds at most this many logits (on a CPU 4 MiB in float32, within its cache; elsewhere 1 GiB) ...
@@ -148,7 +149,7 @@ def _chunks(rows: int, chunk_size: int | None, logits_per_row: int) -> int:
     Rows are padded to a multiple of it; a divisor needs no padding, which would shift rows between devices.
     """
     if chunk_size is None:
-        device = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+        device = "cpu" if backend() == "cpu" else "accelerator"
         chunk_size = max(CHUNK_LOGITS[device] // logits_per_row, CHUNK_ROWS[device])
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
