@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "ops": set(),
     "config": set(),
     "accelerators": set(),  # a table, beside the device it is read for
+    "planner": {"accelerators"},  # it reads compiled programs, whatever they compute
     **dict.fromkeys(RUN - {"config"}, RUN),
     "processes": set(),  # how several are one run: below everything that waits for others
     "checkpoint": {"config", "processes"},
