@@ -1,5 +1,7 @@
 """The planner: seconds, memory, plans, against formulas and trees made otherwise."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,9 +21,11 @@ from rlhfjax.planner import (
     Plan,
     Usage,
     advice,
+    analyse,
     aot_devices,
     bytes_per_device,
     collective_seconds,
+    compile_to_read,
     describe,
     estimated_savings,
     expected_seconds,
@@ -279,6 +283,37 @@ def test_without_a_tpus_compiler_virtual_cpus_stand_in(monkeypatch):
     assert "4 virtual CPU devices in place of h100" in target.words and "overstated" in target.words
     with pytest.raises(ValueError, match="JAX_NUM_CPU_DEVICES=8 before JAX starts"):
         aot_devices(lookup("h100"), 8)
+
+
+class Lowered:
+    """What `compile_to_read` asks of a lowered program; one whose compiler writes what jaxlib cannot read back."""
+
+    def __init__(self, written: bool):
+        self.written = written
+        self.options = None
+
+    def compile(self, compiler_options=None):
+        self.options = compiler_options
+        if compiler_options and self.written:
+            folder = Path(compiler_options["xla_dump_to"])
+            (folder / "module_0000.jit_f.before_optimizations.txt").write_text("early")
+            (folder / "module_0000.jit_f.after_codegen.txt").write_text("late")
+        return self
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("async-update instruction should have 1 operands but sees 3")
+
+
+def test_a_text_that_cannot_be_read_back_is_the_compilers_own():
+    lowered = Lowered(written=True)
+    assert compile_to_read(lowered, "tpu") == (lowered, "late")
+    for platform, written in (("tpu", False), ("cpu", True)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="async-update"):
+            compile_to_read(Lowered(written), platform)
+    program = jax.jit(lambda x: x @ x).lower(shape(4, 4))
+    compiled, text = compile_to_read(program, "cpu")
+    assert analyse(compiled, text=text) == analyse(compiled) and "ENTRY" in text
+    assert analyse(compiled, text=text.replace("f32[4,4]", "f32[8,4]")).flops == 2 * analyse(compiled).flops
 
 
 def test_a_compilers_refusal_says_how_much_it_asked_for():

@@ -7,8 +7,9 @@ largest batch and what would help (`memory`).
 Usage:
   target = aot_devices(lookup("v5e"), 64)
   mesh = make_mesh(Mesh(fsdp=64), target.devices)
-  compiled = jax.jit(update, donate_argnums=0).lower(state, batch).compile()  # shapes with shardings
-  analysis = analyse(compiled)
+  lowered = jax.jit(update, donate_argnums=0).lower(state, batch)  # shapes with shardings
+  compiled, text = compile_to_read(lowered, target.platform)
+  analysis = analyse(compiled, text=text)
   used = usage(analysis.memory, parameters=state.params, optimiser=state.opt_state, batch=batch)
   programs = {"update": Part(analysis)}
   plan = Plan("update", lookup("v5e"), 64, count(state.params), used, programs, target.words, price=1.2)
@@ -16,7 +17,14 @@ Usage:
 """
 
 from rlhfjax.planner.analysis import Analysis, Collective, Loop, Memory, Operation, analyse
-from rlhfjax.planner.aot import Target, aot_devices, has_tpu_compiler, memory_asked, topology_name
+from rlhfjax.planner.aot import (
+    Target,
+    aot_devices,
+    compile_to_read,
+    has_tpu_compiler,
+    memory_asked,
+    topology_name,
+)
 from rlhfjax.planner.memory import (
     Usage,
     advice,
@@ -48,6 +56,7 @@ __all__ = [
     "aot_devices",
     "bytes_per_device",
     "collective_seconds",
+    "compile_to_read",
     "count",
     "describe",
     "estimated_savings",

@@ -84,11 +84,14 @@ class Analysis:
         return sum(o.bytes * o.calls for o in self.operations)
 
 
-def analyse(compiled: Any, *, loop_turns: Mapping[str, float] | None = None) -> Analysis:
+def analyse(
+    compiled: Any, *, text: str | None = None, loop_turns: Mapping[str, float] | None = None
+) -> Analysis:
     """What a compiled program costs on one device.
 
     Args:
       compiled: `jax.jit(f).lower(...).compile()`.
+      text: of the program, where `aot.compile_to_read` gave it; None: asked of `compiled`.
       loop_turns: how often loops turn that the program does not tell, or that may end early: part of the loop's name
         (`Analysis.loops`; "" is part of all) -> turns, such as {"while": 128}. The first that fits is taken. A count
         that the program fixes stays.
@@ -99,7 +102,7 @@ def analyse(compiled: Any, *, loop_turns: Mapping[str, float] | None = None) -> 
     for name, count in wanted.items():
         if not count >= 0:
             raise ValueError(f"loop_turns[{name!r}] = {count} must be 0 or more")
-    program = parse(compiled.as_text())
+    program = parse(compiled.as_text() if text is None else text)
     walk = _Walk(program, wanted, _started(program))
     walk.visit(Frame(program.entry), 1.0)
     for name in set(wanted) - walk.used:
