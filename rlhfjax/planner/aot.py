@@ -119,6 +119,8 @@ def _largest_slice(accelerator: Accelerator) -> int:
 def _topology(accelerator: Accelerator, count: int) -> list[Any]:
     # Or libtpu would ask Google Cloud's metadata server, for minutes, which TPU this machine has.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # And a plan beside another, or beside a run on this machine's own TPU, which it does not touch, would be refused.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name = topology_name(accelerator, count)
     options: dict[str, Any] = {}
     if accelerator.topology == "v4":
