@@ -510,8 +510,8 @@ def test_a_full_disk_of_one_process_is_told_on_all_and_the_last_checkpoint_stays
         assert ended(running) == [0, 0], all_said(log)
     for number in (0, 1):
         assert "OSError: checkpoint 2 could not be written" in outcome(said(log, number))
-        assert "intact: [1]" in outcome(said(log, number)) and "left [1] ['1']" in outcome(said(log, number))
-    assert "process 1: ValueError: " in outcome(said(log, 0))
+        assert "intact: [1]" in outcome(said(log, number)) and "left [1] ['1'" in outcome(said(log, number))
+    assert "process 1: ValueError: " in outcome(said(log, 0)) and "left [1] ['1']" in outcome(said(log, 0))
 
 
 @pytest.mark.slow
