@@ -695,10 +695,9 @@ def test_sigterm_saves_and_stops_and_the_resumed_run_has_the_same_bits(
 ):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments" / "terminated.py").write_text(TERMINATED)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole, stopped, before = tmp_path / "whole", tmp_path / "stopped", signal.getsignal(signal.SIGTERM)
     assert run.main(["terminated", "--run-dir", str(whole)], tmp_path / "experiments") == 0
     monkeypatch.setenv("SIGTERM_AT", where)
-    before = signal.getsignal(signal.SIGTERM)
     assert run.main(["terminated", "--run-dir", str(stopped)], tmp_path / "experiments") == 143
     assert signal.getsignal(signal.SIGTERM) is before
     error = capsys.readouterr().err
