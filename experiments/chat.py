@@ -120,6 +120,23 @@ class Config(HostRewards):
     )
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages, as shapes."""
+    from experiments.stages.text_programs import programs_of_text
+
+    learned = config.reward == "learned"
+    return programs_of_text(
+        config.text,
+        mesh,
+        sft=config.sft,
+        preferences=config.preferences if learned else None,
+        reward=config.reward_model if learned else None,
+        policies={config.algorithm: getattr(config, config.algorithm)},
+        evaluation=config.evaluation,
+        on_host=not learned,
+    )
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages and writes RUN/policy; returns the numbers of summary.json."""
     from experiments.stages import evaluation, export, host_reward, report, reward_runs

@@ -58,6 +58,24 @@ class Config:
     evaluation: EvaluationStage = field(default_factory=lambda: EvaluationStage(temperatures=()))
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages and seeds, as shapes."""
+    from experiments.stages import comparison
+    from experiments.stages.text_programs import programs_of_text
+
+    return programs_of_text(
+        config.text,
+        mesh,
+        sft=config.sft,
+        preferences=config.preferences,
+        reward=config.reward,
+        ratings=config.ratings,
+        policies=comparison.chosen_stages(config),
+        evaluation=config.evaluation,
+        seeds=config.seeds,
+    )
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all seeds; returns the numbers of summary.json."""
     from dataclasses import replace

@@ -29,6 +29,15 @@ class Config:
     )
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages, as shapes."""
+    from experiments.stages.text_programs import programs_of_text
+
+    return programs_of_text(
+        config.text, mesh, sft=config.sft, policies={"ppo": config.ppo}, evaluation=config.evaluation
+    )
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages; returns the numbers of summary.json."""
     from experiments.stages import evaluation, finetune, policy, report, text

@@ -31,6 +31,20 @@ class Config(HostRewards):
     )
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages, as shapes."""
+    from experiments.stages.text_programs import programs_of_text
+
+    return programs_of_text(
+        config.text,
+        mesh,
+        sft=config.sft,
+        policies={config.algorithm: getattr(config, config.algorithm)},
+        evaluation=config.evaluation,
+        on_host=True,
+    )
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages; returns the numbers of summary.json."""
     from experiments.stages import evaluation, host_reward, report, reward_runs

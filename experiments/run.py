@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -70,6 +71,14 @@ class RunOptions:
     """With several processes: after so long without a sign of life from one the others end."""
     join_seconds: int = 300
     """With several processes: within so long all must have started."""
+    dry_run: Flag = False
+    """Say what the run would need, take and cost, and stop: on --devices of --accelerator, which need not be there."""
+    accelerator: str = "here"
+    """For --dry-run: here, cpu, h100, a100-80g, v5e and others, or a YAML file that describes one."""
+    devices: int = 0
+    """For --dry-run: how many; 0: what --mesh says, at least 1."""
+    price: float | None = None
+    """For --dry-run: of a device, an hour."""
     list: Flag = False
     """List the experiments and stop."""
     print_config: Flag = False
@@ -90,7 +99,7 @@ def main(arguments: Sequence[str] | None = None, directory: Path = HERE) -> int:
         if "--list" in arguments:
             print(list_experiments(directory))
             return 0
-        if not {"--help", "-h", "--print-config"} & {*arguments}:
+        if not {"--help", "-h", "--print-config", "--dry-run"} & {*arguments}:
             start_processes(arguments)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -133,6 +142,9 @@ def prepare_and_execute(arguments: list[str], directory: Path, stack: contextlib
     if options.print_config:
         print(write_yaml(record), end="")
         return 0
+    if options.dry_run:
+        print(plan(name, module, config, options), end="")
+        return 0
     tracking.parse_names(options.log)
     if options.profile < 0:
         raise ValueError(f"--profile {options.profile} must be at least 0 steps")
@@ -154,6 +166,25 @@ def prepare_and_execute(arguments: list[str], directory: Path, stack: contextlib
         path, name, options.seed, options.max_steps, profile=options.profile, mesh=options.mesh
     )
     return execute(module, config, folder, options, record)
+
+
+def plan(name: str, module: ModuleType, config: Any, options: RunOptions) -> str:
+    """What `--dry-run` prints. Raises ValueError where the experiment has no plan, or none for so many devices."""
+    from experiments import planning
+
+    if not hasattr(module, "plan"):
+        raise ValueError(
+            f"{name} has no `plan(config, mesh)`, from which --dry-run could tell what it compiles"
+        )
+    return planning.dry_run(
+        name,
+        functools.partial(module.plan, config),
+        options.mesh,
+        accelerator=options.accelerator,
+        devices=options.devices,
+        price=options.price,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
 
 
 def parse(arguments: list[str], directory: Path) -> tuple[str, ModuleType, RunOptions, Any]:

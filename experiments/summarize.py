@@ -49,6 +49,22 @@ class Config:
     evaluation: EvaluationStage = field(default_factory=EvaluationStage)
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages, as shapes."""
+    from experiments.stages.text_programs import programs_of_text
+
+    return programs_of_text(
+        config.text,
+        mesh,
+        sft=config.sft,
+        preferences=config.preferences,
+        reward=config.reward,
+        ratings=config.ratings,
+        policies={config.algorithm: getattr(config, config.algorithm)},
+        evaluation=config.evaluation,
+    )
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages; returns the numbers of summary.json."""
     from experiments.stages import evaluation, offline, report

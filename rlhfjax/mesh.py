@@ -86,6 +86,7 @@ def make_mesh(
     devices: Sequence[Any] | None = None,
     *,
     state_bytes: float = 0,
+    memory: float | None = None,
 ) -> Devices:
     """The mesh that `config` describes.
 
@@ -96,6 +97,7 @@ def make_mesh(
       devices: None: all that JAX has, of all processes; of a CPU, where `config.data` is left open, one.
       state_bytes: what parameters, gradients and optimiser state take together, for the choice of `fsdp`: as few
         devices as hold it in half of their memory.
+      memory: bytes of a device; None: what it tells itself.
 
     Raises ValueError where the axes ask for more devices than there are, or leave some idle.
     """
@@ -104,7 +106,7 @@ def make_mesh(
         # Virtual devices of one CPU share its cores: splitting work over them gains nothing, unless it is asked for.
         if not config.data and devices[0].platform == "cpu" and jax.process_count() == 1:
             config = dataclasses.replace(config, data=1)
-    shape = _resolved(config, devices, state_bytes)
+    shape = _resolved(config, devices, state_bytes, memory)
     count = math.prod(shape)
     return Devices(_arranged(shape, list(devices)[:count]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -371,7 +373,9 @@ def _without(over: str | tuple[str, ...] | None, manual: set[str]) -> str | tupl
     return None if over in manual else over
 
 
-def _resolved(config: Config, devices: Sequence[Any], state_bytes: float) -> tuple[int, ...]:
+def _resolved(
+    config: Config, devices: Sequence[Any], state_bytes: float, memory: float | None = None
+) -> tuple[int, ...]:
     """Devices along each of `AXES`."""
     size = {axis: getattr(config, axis) for axis in AXES}
     for axis in AXES:
@@ -394,21 +398,22 @@ def _resolved(config: Config, devices: Sequence[Any], state_bytes: float) -> tup
         )
     if "fsdp" in chosen:
         share = state_bytes / (size["tensor"] or 1)
-        size["fsdp"] = _fewest(left, share, devices[0]) if "data" in chosen else 1
+        size["fsdp"] = _fewest(left, share, memory or _memory(devices[0])) if "data" in chosen else 1
         left //= size["fsdp"]
     if "data" in chosen:
         size["data"] = left
     return tuple(size[axis] for axis in AXES)
 
 
-def _fewest(most: int, state_bytes: float, device: Any) -> int:
+def _memory(device: Any) -> float:
+    """Bytes of a device that programs may take; infinite where it does not tell, as a CPU does not."""
+    if device.process_index != jax.process_index():  # of another process's device nothing can be asked
+        device = jax.local_devices(backend=device.platform)[0]
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def _fewest(most: int, state_bytes: float, memory: float) -> int:
     """The least divisor of `most` among so many of which a state takes half of a device's memory; or `most`."""
-    if device.process_index != jax.process_index():
-        device = jax.local_devices(backend=device.platform)[
-            0
-        ]  # of another process's device nothing can be asked
-    stats = device.memory_stats() or {}
-    memory = stats.get("bytes_limit", math.inf)
     fitting = (n for n in range(1, most + 1) if most % n == 0 and state_bytes / n <= memory / 2)
     return next(fitting, most)
 

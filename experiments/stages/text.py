@@ -225,10 +225,10 @@ def open_text(config: Config, layout: Mesh = Mesh()) -> Text:  # noqa: B008  (fr
 
 
 def _state_bytes(config: Config, source: Path) -> float:
-    """About what training holds of a model in the Hugging Face layout, for the choice of a mesh; 0 of another: policy
-    and critic with their gradients and two moments in float32 beside the reference and the reward model, or the base.
+    """About what training holds, for the choice of a mesh: policy and critic with their gradients and two moments in
+    float32 beside the reference and the reward model, or the base under adapters. 0 of what is an adapter itself.
     """
-    if not source.is_dir() or not (source / "config.json").exists():
+    if source.is_dir() and not (source / "config.json").exists():
         return 0.0
     shapes = jax.eval_shape(decoder(pretrained_config(source)).init, jax.random.key(0))
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))

@@ -11,12 +11,11 @@ from rlhfjax.pretrained.hub import find_model
 from rlhfjax.pretrained.huggingface import (
     load_pretrained,
     load_reward_model,
-    pretrained_config,
     save_pretrained,
     save_reward_model,
 )
 from rlhfjax.pretrained.inspection import describe
-from rlhfjax.pretrained.model import Pretrained, open_model
+from rlhfjax.pretrained.model import Pretrained, open_model, pretrained_config
 from rlhfjax.pretrained.model_card import write_model_card
 from rlhfjax.pretrained.peft import load_peft, save_peft
 

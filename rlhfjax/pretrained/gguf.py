@@ -123,7 +123,7 @@ def load_gguf(
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f'dtype must be "float32" or "bfloat16", it is {dtype!r}')
     gguf = source if isinstance(source, GGUF) else read_gguf(source)
-    config = _decoder_config(gguf)
+    config = gguf_config(gguf)
     params = _params(gguf, config, dtype)
     if max_positions is not None and not 1 <= max_positions <= config.max_positions:
         raise ValueError(f"max_positions={max_positions} must lie in [1, {config.max_positions}], the file's")
@@ -157,7 +157,8 @@ def _architecture(gguf: GGUF) -> str:
     return gguf.value("general.architecture")
 
 
-def _decoder_config(gguf: GGUF) -> Decoder:
+def gguf_config(gguf: GGUF) -> Decoder:
+    """The decoder that a file holds, from its metadata. Raises as `load_gguf`."""
     family = _architecture(gguf)
     if family not in ARCHITECTURES:
         raise ValueError(

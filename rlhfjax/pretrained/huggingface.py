@@ -91,7 +91,7 @@ def load_pretrained(
     return _computing(kept, compute_dtype), params
 
 
-def pretrained_config(directory: str | Path) -> Decoder:
+def huggingface_config(directory: str | Path) -> Decoder:
     """What a checkpoint's config.json says, without its weights. Raises as `load_pretrained`."""
     return _config_of(Path(directory))[1]
 

@@ -15,9 +15,9 @@ from rlhfjax.data import (
     load_tokenizer,
 )
 from rlhfjax.networks import merge_lora
-from rlhfjax.pretrained.gguf import gguf_chat_template, gguf_tokenizer, load_gguf, read_gguf
+from rlhfjax.pretrained.gguf import gguf_chat_template, gguf_config, gguf_tokenizer, load_gguf, read_gguf
 from rlhfjax.pretrained.hub import find_model
-from rlhfjax.pretrained.huggingface import Place, load_pretrained
+from rlhfjax.pretrained.huggingface import Place, huggingface_config, load_pretrained
 from rlhfjax.pretrained.peft import adapter_base, load_peft
 
 
@@ -31,6 +31,15 @@ class Pretrained(NamedTuple):
     template: ChatTemplate | None  # None: it has none
     stop_tokens: tuple[int, ...]  # ids that end a text or an assistant's turn
     unused_tokens: tuple[int, ...]  # ids of the model that the tokenizer does not have, not to be drawn
+
+
+def pretrained_config(source: str | Path) -> Decoder:
+    """The decoder that a folder in the Hugging Face layout or a GGUF file holds, without its weights.
+
+    Raises as `load_pretrained` and `load_gguf` do.
+    """
+    source = Path(source)
+    return gguf_config(read_gguf(source)) if source.is_file() else huggingface_config(source)
 
 
 def open_model(

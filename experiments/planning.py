@@ -1,0 +1,192 @@
+"""`--dry-run`: what an experiment needs, takes and costs on devices that need not be there.
+
+Every program of its stages is compiled from shapes for the accelerator that is asked for, and read: see
+`rlhfjax.planner`. No data is loaded and no weight.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from experiments.programs import Program
+from rlhfjax.config import Mesh
+from rlhfjax.report import Table, markdown_table
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A program, compiled and read."""
+
+    program: Program
+    plan: Any  # rlhfjax.planner.Plan, of one run of it
+
+
+def dry_run(
+    title: str,
+    build: Callable[[Any], Sequence[Program]],
+    layout: Mesh,
+    *,
+    accelerator: str,
+    devices: int,
+    price: float | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """The plan of an experiment, as Markdown.
+
+    Args:
+      build: mesh -> its programs.
+      accelerator: a name or a file that `rlhfjax.accelerators.lookup` knows; "here": what JAX has, compiled for it.
+      devices: how many of it; 0: as many as the layout names, at least 1.
+      price: of a device, an hour; None: no cost is given.
+      say: is told what is being compiled.
+
+    Raises ValueError where the mesh cannot be laid over so many devices, or a batch not over the mesh.
+    """
+
+    devices = devices or math.prod(size or 1 for size in dataclasses.asdict(layout).values())
+    chosen, target = _target(accelerator, devices)
+    mesh = _mesh(layout, target, chosen.memory)
+    with _traced_for(target.platform):
+        planned = [_planned(program, chosen, target, mesh, price, say) for program in build(mesh)]
+        if not planned:
+            raise ValueError(f"{title}: with these settings it compiles nothing to plan")
+        main = max(planned, key=lambda one: one.plan.seconds.total * one.program.runs)
+        largest = _largest_batch(main, chosen, target, mesh, price, say)
+    return "\n\n".join([_whole_run(title, planned, main, mesh), *_details(main, mesh, largest)]) + "\n"
+
+
+def _target(name: str, count: int) -> tuple[Any, Any]:
+    """(the accelerator, what to compile for)."""
+    import jax
+
+    # The number of virtual CPUs is fixed when JAX first uses one; where it has, there are enough or an error tells.
+    with contextlib.suppress(RuntimeError):
+        if name != "here":
+            jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    jax.config.update("jax_enable_compilation_cache", False)  # of programs that are not run
+    from rlhfjax import planner
+    from rlhfjax.accelerators import accelerator, lookup, measured
+
+    if name == "here" and (found := accelerator()) is not None:
+        if count > len(jax.devices()):
+            raise ValueError(
+                f"--devices {count}: there are {len(jax.devices())} here; for more of them name the accelerator: "
+                f"--accelerator {found.names[0]}"
+            )
+        words = f"compiled for {count} of the devices that are here"
+        return found, planner.Target(jax.devices()[:count], jax.default_backend(), words)
+    chosen = measured(count) if name in ("here", "cpu") else lookup(name)
+    return chosen, planner.aot_devices(chosen, count)
+
+
+def _mesh(layout: Mesh, target: Any, memory: float) -> Any:
+    from rlhfjax.mesh import make_mesh
+
+    return make_mesh(layout, target.devices, memory=memory)
+
+
+def _traced_for(platform: str) -> contextlib.AbstractContextManager[None]:
+    from rlhfjax.ops import compiling_for
+
+    return compiling_for(platform)
+
+
+def _planned(program: Program, chosen: Any, target: Any, mesh: Any, price: float | None, say) -> Planned:
+    from rlhfjax import planner
+
+    say(f"compiling {program.stage}: {program.name}, {program.rows or 'no'} rows")
+    compiled, text = planner.compile_to_read(program.lower(), target.platform)
+    analysis = planner.analyse(compiled, text=text)
+    used = planner.usage(analysis.memory, **dict(program.parts))
+    models = (program.parts.get("parameters", ()), program.parts.get("frozen", ()))
+    plan = planner.Plan(
+        title=f"{program.stage}: {program.name}",
+        accelerator=chosen,
+        devices=mesh.size,
+        parameters=planner.count(models),
+        usage=used,
+        programs={program.name: planner.Part(analysis)},
+        compiled_for=target.words,
+        iterations=round(program.runs),
+        price=price,
+    )
+    return Planned(program, plan)
+
+
+def _largest_batch(main: Planned, chosen: Any, target: Any, mesh: Any, price: float | None, say) -> str:
+    """The largest number of rows that fits, in words, from what two batches need."""
+    from rlhfjax import planner
+    from rlhfjax.mesh import row_parts
+
+    program = main.program
+    if program.at is None:
+        return ""
+    double = _planned(program.at(2 * program.rows), chosen, target, mesh, price, say)
+    needs = planner.line((program.rows, main.plan.usage.total), (2 * program.rows, double.plan.usage.total))
+    most = planner.fit(needs, main.plan.memory, multiple=row_parts(mesh))
+    if not most:
+        return "No batch fits."
+    return (
+        f"The largest batch that fits: {most} rows (a straight line through what {program.rows} and "
+        f"{2 * program.rows} need), {planner.in_bytes(needs(most))}."
+    )
+
+
+def _whole_run(title: str, planned: Sequence[Planned], main: Planned, mesh: Any) -> str:
+    """The table of all programs."""
+    from rlhfjax.planner import in_bytes
+
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    rows = []
+    hours = 0.0
+    for program, plan in ((one.program, one.plan) for one in planned):
+        once = plan.seconds.total
+        hours += once * program.runs * plan.devices / 3600
+        rows.append(
+            [
+                program.stage,
+                program.name,
+                f"{program.runs:g}",
+                f"{in_bytes(plan.usage.total)}{'' if plan.fits else ' (too much)'}",
+                f"{plan.flops * plan.devices:.2e}",
+                f"{once:.3g}",
+                _time(once * program.runs),
+            ]
+        )
+    table = Table(["stage", "program", "runs", "bytes of a device", "FLOP", "seconds", "in all"], rows)
+    words = [
+        f"# Plan: {title}",
+        f"{main.plan.devices} x {main.plan.accelerator.names[0]}, mesh {axes}.",
+        markdown_table(table),
+    ]
+    total = f"In all {_time(hours * 3600 / main.plan.devices)}, {hours:.3g} device hours"
+    if main.plan.price is not None:
+        total += f", {hours * main.plan.price:.2f} at {main.plan.price:g} a device hour"
+    hosts = sorted({one.program.uncounted for one in planned if one.program.uncounted})
+    besides = "; ".join([*hosts, "compiling, loading and checkpoints"])
+    return "\n\n".join([*words, f"{total}. Not counted: {besides}."])
+
+
+def _details(main: Planned, mesh: Any, largest: str) -> list[str]:
+    """The plan of the program that takes longest, and advice."""
+    from rlhfjax import planner
+
+    plan, parts = main.plan, main.program.parts
+    savings = planner.estimated_savings(
+        plan.usage, parts.get("parameters", ()), fsdp=mesh.shape["fsdp"], reference=0.0
+    )
+    advice = planner.advice(plan.usage, plan.memory, savings)
+    # One level below the title of the whole.
+    described = planner.describe(replace(plan, title=f"{plan.title} (what takes longest)"), advice)
+    return ["#" + described.strip(), *([largest] if largest else [])]
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
