@@ -52,6 +52,8 @@ def run(config: Config, folder) -> dict[str, float]:
 
     from experiments.assets import asset
     from experiments.loop import Show, run_stage
+    from experiments.stages.export import on_first_process
+    from rlhfjax import processes
     from rlhfjax.algorithms import evaluation_params, make_optimizer, sft
     from rlhfjax.config import SFT
     from rlhfjax.data import BPETokenizer, read_jsonl, train_bpe
@@ -115,8 +117,10 @@ def run(config: Config, folder) -> dict[str, float]:
         show=Show(columns={"loss/nll": "loss"}, every=50),
     )
     params = evaluation_params(state.opt_state, state.params)
-    save_pretrained(model, shape, params, dtype="float16")
-    size = sum((model / name).stat().st_size for name in ("model.safetensors", "tokenizer.json"))
+    whole, size = on_first_process(params), 0
+    if processes.is_first():
+        save_pretrained(model, shape, whole, dtype="float16")
+        size = sum((model / name).stat().st_size for name in ("model.safetensors", "tokenizer.json"))
     last = folder.metrics("pretrain")[-50:]
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),

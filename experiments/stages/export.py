@@ -10,20 +10,30 @@ import jax.numpy as jnp
 
 from experiments.assets import asset
 from experiments.stages.text import Text
+from rlhfjax import processes
 from rlhfjax.data import PretrainedTokenizer, save_tokenizer
+from rlhfjax.mesh import PyTree, fetch
 from rlhfjax.networks import merge_lora
 from rlhfjax.pretrained import POLICY, save_peft, save_pretrained, save_reward_model, write_model_card
 from rlhfjax.run_folder import RunFolder
+
+
+def on_first_process(params: PyTree) -> PyTree:
+    """The params, for process 0 to write. Where there are several they are gathered, and all must ask for it."""
+    return fetch(params) if processes.count() > 1 else params
 
 
 def export_policy(
     text: Text, params: dict, folder: RunFolder, *, method: str, metrics: Mapping[str, float]
 ) -> Path:
     """Writes RUN/policy, which `python -m rlhfjax.pretrained` reads: LoRA adapters in PEFT's layout, or the whole model
-    in that of Hugging Face, with a model card. Returns the folder.
+    in that of Hugging Face, with a model card. Returns the folder. Of several processes the first writes.
     """
     directory = folder.path / POLICY
     base = _base_name(text)
+    params = on_first_process(params)
+    if not processes.is_first():
+        return directory
     if text.lora is None:
         save_pretrained(directory, text.lm.config, params, dtype="bfloat16", like=_folder(text))
         _save_tokenizer(text, directory)
@@ -51,6 +61,9 @@ def export_reward_model(text: Text, params: dict, folder: RunFolder, *, rewards:
     directory, trunk = folder.path / "reward_model", params["trunk"]
     if text.lora is not None:
         trunk = jax.jit(partial(merge_lora, config=text.lora))(text.base, trunk)
+    params, trunk = on_first_process((params, trunk))
+    if not processes.is_first():
+        return directory
     unbiased = params | {
         "trunk": trunk,
         "head": params["head"] | {"bias": jnp.zeros(())},
