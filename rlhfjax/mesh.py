@@ -67,6 +67,8 @@ RULES: tuple[Rule, ...] = (
     (r"v/(inner|outer)", (None, None)),  # of a state: one number
     (r"v/(inner|outer)_bias", (None,)),
     (r"ns_coeffs", (None,)),  # Muon's
+    # Numbers, which have axes where there are many runs.
+    (r"(head/bias|step|count|kl_coefficient|weight_sum|max_lr|b1)", ()),
 )
 
 # What the axes of an activation are split over, by the letter that its shape suffix has for them.
