@@ -15,7 +15,9 @@ import numpy as np
 
 from experiments.loop import Show, run_once, run_stage
 from experiments.options import did_you_mean
+from experiments.stages.control_layout import Layout
 from rlhfjax.environments import Environment, play, rollout, start
+from rlhfjax.mesh import fetch
 from rlhfjax.recipes.control import (
     Training,
     control_dqn,
@@ -27,7 +29,7 @@ from rlhfjax.recipes.control import (
 from rlhfjax.recipes.tabular import control_tabular
 from rlhfjax.run_folder import RunFolder, read_lines
 
-TRAININGS: Mapping[str, Callable[[Environment, Any], Training]] = {
+TRAININGS: Mapping[str, Callable[..., Training]] = {
     "tabular": control_tabular,
     "ppo": control_ppo,
     "pqn": control_pqn,
@@ -103,6 +105,12 @@ def make_plan(config: Any, training_config: Any) -> Plan:
     )
 
 
+def make_training(name: str, env: Environment, config: Any, layout: Layout) -> Training:
+    """The method of that name; ValueError where a setting does not fit."""
+    split = {} if layout.within is None else {"mesh": layout.within}
+    return TRAININGS[name](env, config, **split)
+
+
 def run_training(
     name: str,
     training: Training,
@@ -110,14 +118,15 @@ def run_training(
     plan: Plan,
     folder: RunFolder,
     *,
+    layout: Layout,
     look: Callable[[Any], Any] | None = None,
     measure: Callable[[int, Any], Mapping[str, float]] | None = None,
 ) -> tuple[Outcome, Any]:
     """Trains with all seeds at once, in the stage `name`, then evaluates in the stage `name`_games.
 
-    Seed number r is the same whatever other methods and seeds there are, and all methods are evaluated in the same
-    worlds. `look(run)` takes from the state what
-    `measure(step, looked)` makes metrics of on the host, at each point. Returns what came out, and what `look` sees at
+    Seed number r is the same whatever other methods and seeds there are and however `layout` splits them, and all
+    methods are evaluated in the same worlds. `look(run)` takes from the state what `measure(step, looked)` makes
+    metrics of on the host, at each point. Returns what came out, and what `look` sees at
     the end, as NumPy arrays with the seeds as first axis.
     """
     key_train, key_play = jax.random.split(jax.random.key(folder.seed))
@@ -125,7 +134,7 @@ def run_training(
     keys, play_keys = (
         jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(plan.seeds)) for key in (key_train, key_play)
     )
-    most = {"count": plan.episodes, "most_steps": world.most_steps}
+    most = {"count": plan.episodes, "most_steps": world.most_steps, "place": layout.place}
     per_point = plan.point_iterations
 
     def init_one(key: jax.Array):
@@ -139,22 +148,30 @@ def run_training(
         key = jax.random.fold_in(key, i)
         return jnp.mean(play(world.env, training.policy(run), key, **most).score_B)
 
-    advance = jax.jit(jax.vmap(advance_one, in_axes=(0, 0, None)), donate_argnums=0)
-    greedy = jax.jit(jax.vmap(play_one, in_axes=(0, 0, None)))
+    @partial(jax.jit, donate_argnums=0)
+    def advance(runs: Any, first: jax.Array):
+        runs, metrics = jax.vmap(advance_one, in_axes=(0, 0, None))(runs, keys, first)
+        return layout.laid(runs), metrics
+
+    @jax.jit
+    def evaluated(runs: Any, metrics: dict[str, jax.Array], i: jax.Array):
+        return _over_seeds(metrics, jax.vmap(play_one, in_axes=(0, 0, None))(runs, play_keys, i))
+
     looked = jax.jit(jax.vmap(look)) if look else lambda runs: ()
 
     def step(runs: Any, i: int):
         began = time.perf_counter()
-        runs, metrics = jax.block_until_ready(advance(runs, keys, jnp.int32(i * per_point)))
+        runs, metrics = jax.block_until_ready(advance(runs, jnp.int32(i * per_point)))
         seconds = time.perf_counter() - began
-        metrics = _over_seeds(metrics, greedy(runs, play_keys, jnp.int32(i)))
-        return runs, metrics | {"perf/train_seconds": np.float64(seconds)}, looked(runs)
+        # Waited for, lest two programs of several devices meet, see `run_stage`.
+        metrics, seen = jax.block_until_ready((evaluated(runs, metrics, jnp.int32(i)), looked(runs)))
+        return runs, metrics | {"perf/train_seconds": np.float64(seconds)}, seen
 
     columns = {"episode/return": "return", "greedy/return": "greedy", "greedy/low": "lowest seed"}
     runs = run_stage(
         name,
         folder=folder,
-        init=lambda: jax.jit(jax.vmap(init_one))(keys),
+        init=lambda: jax.jit(lambda: layout.laid(jax.vmap(init_one)(keys)))(),
         step=step,
         steps=plan.iterations // per_point,
         checkpoint_every=CHECKPOINT_EVERY,
@@ -164,9 +181,9 @@ def run_training(
     games = run_once(
         f"{name}_games",
         folder=folder,
-        compute=lambda: _games(name, training, world, plan, runs, play_keys),
+        compute=lambda: _games(name, training, world, plan, runs, play_keys, layout),
     )
-    return _outcome(name, plan, folder, games), jax.device_get(looked(runs))
+    return _outcome(name, plan, folder, games), fetch(looked(runs))
 
 
 def _unknown_at_times(seeds: int) -> frozenset[str]:
@@ -217,21 +234,24 @@ def _over_seeds(metrics: dict[str, jax.Array], greedy_R: jax.Array) -> dict[str,
     return found
 
 
-def _games(name: str, training: Training, world: World, plan: Plan, runs: Any, keys: jax.Array):
+def _games(
+    name: str, training: Training, world: World, plan: Plan, runs: Any, keys: jax.Array, layout: Layout
+):
     """Returns of whole greedy episodes of every seed, and one game of the first, as `run_once` asks for it."""
     last = 2**31 - 1  # no point of the curve has this number
 
     def scores(run: Any, key: jax.Array) -> jax.Array:
-        most = {"count": plan.final_episodes, "most_steps": world.most_steps}
+        most = {"count": plan.final_episodes, "most_steps": world.most_steps, "place": layout.place}
         return play(world.env, training.policy(run), jax.random.fold_in(key, last), **most).score_B
 
-    def one_game(run: Any):
+    def one_game(runs: Any):
+        run = jax.tree.map(lambda x: x[0], runs)
         key_start, key_roll = jax.random.split(jax.random.fold_in(keys[0], last - 1))
         worlds = start(world.env, key_start, 1)
         return rollout(world.env, training.policy(run), worlds, key_roll, steps=world.most_steps)[1]
 
-    score_RN = np.asarray(jax.jit(jax.vmap(scores))(runs, keys))
-    steps = jax.device_get(jax.jit(one_game)(jax.tree.map(lambda x: x[0], runs)))
+    score_RN = fetch(jax.jit(jax.vmap(scores))(runs, keys))
+    steps = fetch(jax.jit(one_game)(runs))
     ended_T = (steps.terminated | steps.truncated)[:, 0]
     length = int(np.argmax(ended_T)) + 1 if ended_T.any() else len(ended_T)
     game = np.concatenate([steps.observation[:length, 0], steps.next_observation[length - 1 : length, 0]])

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.stages import control
+from experiments.stages.control_layout import lay_out
 from experiments.stages.control_report import report
 from experiments.stages.control_scenes import Scene
 from rlhfjax.environments import Environment
+from rlhfjax.mesh import make_mesh
 from rlhfjax.run_folder import RunFolder
 
 
@@ -30,21 +32,23 @@ def compare(
       config: `algorithms`, `seeds`, `points`, `episodes`, `final_episodes` and a section for each method.
       most_steps: of an episode that is evaluated.
       solved: mean return from which on it counts as solved.
+      folder: the run's; its mesh says how many devices there are.
       seen: world and drawing of single methods, by name, where they see it otherwise.
 
     Raises:
       ValueError: bad settings, before anything is run.
     """
     known = [name for name in control.TRAININGS if hasattr(config, name)]
-    jobs = []
+    mesh, jobs = make_mesh(folder.mesh), []
     for name in control.choose(config.algorithms, known):
         own = getattr(config, name)
         its_env, its_scene = (seen or {}).get(name, (env, scene))
         world = control.World(title, its_env, most_steps, solved, its_scene.draw if its_scene else None)
         plan = control.make_plan(config, own)
-        jobs.append((name, control.TRAININGS[name](its_env, own), world, plan, its_scene))
+        layout = lay_out(mesh, name, config, own)
+        jobs.append((name, control.make_training(name, its_env, own, layout), world, plan, layout, its_scene))
     found = [
-        (control.run_training(name, training, world, plan, folder)[0], its_scene)
-        for name, training, world, plan, its_scene in jobs
+        (control.run_training(name, training, world, plan, folder, layout=layout)[0], its_scene)
+        for name, training, world, plan, layout, its_scene in jobs
     ]
     return report(f"{title}, {config.seeds} seeds", solved, found, folder, text)

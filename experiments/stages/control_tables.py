@@ -13,12 +13,14 @@ import numpy as np
 
 from experiments.stages import control
 from experiments.stages.control import Outcome
+from experiments.stages.control_layout import Layout, lay_out
 from experiments.stages.control_report import code, figure_section, mean_and_range
 from experiments.stages.control_scenes import beside
 from rlhfjax.algorithms import tabular_q
 from rlhfjax.environments import Environment
 from rlhfjax.environments.grid import optimal_values
 from rlhfjax.figures import Bands, plot_bands
+from rlhfjax.mesh import make_mesh
 from rlhfjax.recipes.control import Training
 from rlhfjax.recipes.tabular import control_tabular, optimality_gap, reachable_states
 from rlhfjax.report import Section, Table, markdown_table, write_report
@@ -91,13 +93,14 @@ def solve(
     standing_S = reachable_states(env.params)
     start_S = np.asarray(env.params.start_S)
     world = control.World(title, env, most_steps, float("nan"), drawn.place)
-    jobs = []
+    mesh, jobs = make_mesh(folder.mesh), []
     for name in names:
         own = method_config(config.training, name)
-        jobs.append((name, control_tabular(env, own), control.make_plan(config, own)))
+        plan = control.make_plan(config, own)
+        jobs.append((name, control_tabular(env, own), plan, lay_out(mesh, name, config, own)))
     found = []
-    for name, training, plan in jobs:
-        found.append(_learn(name, training, world, plan, folder, best_S, standing_S, discount))
+    for name, training, plan, layout in jobs:
+        found.append(_learn(name, training, world, plan, folder, layout, best_S, standing_S, discount))
     results = _result_section(found, best_SA, standing_S)
     maps = _maps(drawn, found, best_SA, standing_S)
     print(f"\n{title}\n\n{markdown_table(results.table)}\n{maps}" if results.table else maps)
@@ -129,6 +132,7 @@ def _learn(
     world: control.World,
     plan: control.Plan,
     folder: RunFolder,
+    layout: Layout,
     best_S: np.ndarray,
     standing_S: np.ndarray,
     discount: float,
@@ -149,7 +153,9 @@ def _learn(
         assert training.values is not None
         return training.values(run, states)
 
-    outcome, q_RSA = control.run_training(name, training, world, plan, folder, look=look, measure=measure)
+    outcome, q_RSA = control.run_training(
+        name, training, world, plan, folder, layout=layout, look=look, measure=measure
+    )
     lines = folder.metrics(name)
 
     def each(key: str, unknown: float) -> np.ndarray:

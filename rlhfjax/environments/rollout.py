@@ -3,7 +3,7 @@
 A policy is a function of a batch of observations, `act(observation, key) -> (action, extras)`, which consumes
 the key: networks see all B worlds in one call. `extras` is whatever else is to be kept of that moment, e.g.
 log-probabilities and values; `()` where there is nothing. Seeds and hyperparameters: `vmap` over the whole.
-Devices: lay the B axis of `Worlds` over them, as any batch.
+Devices: lay the B axis of `Worlds` over them, as any batch; `play`, which makes its own, is told how by `place`.
 
 Shapes: B worlds, T steps; time first, as the scan writes it (`batch_first` turns it).
 """
@@ -94,12 +94,21 @@ class _Game(NamedTuple):
 
 
 def play(
-    env: Environment, act: Act, key: jax.Array, *, count: int, most_steps: int, params: PyTree = None
+    env: Environment,
+    act: Act,
+    key: jax.Array,
+    *,
+    count: int,
+    most_steps: int,
+    params: PyTree = None,
+    place: Callable[[PyTree], PyTree] = lambda worlds: worlds,
 ) -> Episodes:
     """The return of one whole episode in each of `count` new worlds: an evaluation that favours no short episodes.
 
     Stops when all have ended, or after `most_steps`. (The mean over the episodes that happen to end within a fixed
     number of steps counts short ones more often than they occur.)
+
+    place: lays arrays with a row for each world over devices: `mesh.place_rows(mesh)`.
     """
     key_start, key_play = jax.random.split(key)
     params = env.params if params is None else params
@@ -124,7 +133,8 @@ def play(
         return (game.step < most_steps) & ~jnp.all(game.episodes.finished_B)
 
     none = Episodes(jnp.zeros(count), jnp.zeros(count, jnp.int32), jnp.zeros(count, bool))
-    game = _Game(start(env, key_start, count, params), none, jnp.int32(0))
+    worlds, none = place((start(env, key_start, count, params), none))
+    game = _Game(worlds, none, jnp.int32(0))
     return jax.lax.while_loop(goes_on, body, game).episodes
 
 

@@ -7,8 +7,8 @@
 
 Hyperparameters are swept by building the training inside the `vmap`, of `dataclasses.replace(config, ...)` with traced
 floats. All that a run needs lies in its state (`Run`), replay and worlds included: a checkpoint of it, and the same
-keys, go on bit for bit. Lay `run.worlds` over devices by their first axis, and the rest on all of them: acting and,
-with PPO and PQN, learning are then split; learning from replay is not.
+keys, go on bit for bit. On several devices lay seeds over them, by the first axis of all that `runs` holds; or the
+worlds of one run, with `mesh=` of these functions: acting and learning are then split.
 
 Metrics of every algorithm, beside its own (float32 scalars):
     episode/return       mean undiscounted return of the episodes that ended in the iteration, 0 where none did
@@ -22,6 +22,6 @@ Metrics of every algorithm, beside its own (float32 scalars):
 from rlhfjax.recipes.control.dqn import control_dqn
 from rlhfjax.recipes.control.ppo import control_ppo
 from rlhfjax.recipes.control.pqn import control_pqn
-from rlhfjax.recipes.control.training import Run, Training, iterations_of, train
+from rlhfjax.recipes.control.training import Run, Training, iterations_of, laid, train
 
-__all__ = ["Run", "Training", "control_dqn", "control_ppo", "control_pqn", "iterations_of", "train"]
+__all__ = ["Run", "Training", "control_dqn", "control_ppo", "control_pqn", "iterations_of", "laid", "train"]

@@ -3,6 +3,7 @@
 Shapes: B transitions of an update, N of the replay, L steps of a path.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,16 +13,19 @@ import jax.numpy as jnp
 from rlhfjax.algorithms import dqn, epsilon_greedy, make_optimizer
 from rlhfjax.config import ControlDQN as Config
 from rlhfjax.environments import Environment, Trajectory, replay, rollout
+from rlhfjax.mesh import Devices, place_rows
 from rlhfjax.networks import mlp
 from rlhfjax.recipes.control.training import (
     Metrics,
     PyTree,
     Run,
     Training,
+    check_split,
     episode_metrics,
     falling,
     greedy,
     iterations_of,
+    laid,
     observations,
     recorded,
     start_worlds,
@@ -39,7 +43,7 @@ class Item(NamedTuple):
     truncated: jax.Array
 
 
-def control_dqn(env: Environment, config: Config) -> Training:
+def control_dqn(env: Environment, config: Config, *, mesh: Devices | None = None) -> Training:
     """DQN as a `Training`; metrics of `rlhfjax.algorithms.dqn` (means over the updates of an iteration, 0 before the
     first one), the episodes', "epsilon", and "replay/count", the transitions held.
 
@@ -47,9 +51,13 @@ def control_dqn(env: Environment, config: Config) -> Training:
     truncated episode bootstraps from its own final observation. Paths of n steps end with their episode, and at the
     newest step that is stored.
 
+    mesh: devices that the worlds of a run are split over, as in `control_ppo`, and the batch of every update. Each
+    holds the whole replay, so that it takes its part of a sample from its own memory.
+
     Float fields of the config may be traced. Raises ValueError where a setting does not fit.
     """
     _check(config)
+    check_split(mesh, config.worlds, config.batch)
     shape, encode = observations(env)
     settings = config.algorithm
     quantiles = config.quantiles if settings.quantiles else None
@@ -65,7 +73,9 @@ def control_dqn(env: Environment, config: Config) -> Training:
         return jnp.mean(q, axis=-1) if settings.quantiles else q
 
     algorithm = dqn.make(evaluate, make_optimizer(config.optimizer, iterations * config.updates), settings)
-    learn_once = partial(_update, algorithm=algorithm, evaluate=evaluate, config=config)
+    learn_once = partial(
+        _update, algorithm=algorithm, evaluate=evaluate, config=config, place=place_rows(mesh)
+    )
 
     def init(key: jax.Array) -> Run:
         key_network, key_worlds = jax.random.split(key)
@@ -74,7 +84,7 @@ def control_dqn(env: Environment, config: Config) -> Training:
         first = jax.tree.map(lambda x: x[0], worlds.observation)
         example = Item(first, jnp.int32(0), jnp.float32(0), first, jnp.bool_(False), jnp.bool_(False))
         held = replay.init(example, config.capacity, prioritised=config.prioritised)
-        return Run(learner, worlds, held, jnp.int32(0))
+        return laid(mesh, Run(learner, worlds, held, jnp.int32(0)))
 
     def iterate(run: Run, key: jax.Array) -> tuple[Run, Metrics]:
         key_act, key_learn = jax.random.split(key)
@@ -103,7 +113,7 @@ def control_dqn(env: Environment, config: Config) -> Training:
         (learner, held), metrics = jax.lax.cond(ready, learn, wait, (run.learner, held))
         run = Run(learner, worlds, held, run.steps + config.worlds * config.steps)
         metrics |= {"epsilon": epsilon, "replay/count": held.count.astype(jnp.float32)}
-        return run, metrics | episode_metrics(trajectory)
+        return laid(mesh, run), metrics | episode_metrics(trajectory)
 
     def policy(run: Run):
         return greedy(action_values, run.learner.params)
@@ -144,13 +154,21 @@ def _items(trajectory: Trajectory) -> Item:
 
 
 def _update(
-    learner, held: replay.Replay, key: jax.Array, beta: jax.Array, *, algorithm, evaluate, config: Config
+    learner,
+    held: replay.Replay,
+    key: jax.Array,
+    beta: jax.Array,
+    *,
+    algorithm,
+    evaluate,
+    config: Config,
+    place: Callable[[dqn.Batch], dqn.Batch],
 ):
     """One update on a sample of the replay: ((learner, replay), metrics)."""
     key_sample, key_update = jax.random.split(key)
     sample = replay.sample(key_sample, held, config.batch, beta=beta)
     weight = sample.weight if config.prioritised else None
-    batch = _transitions(held, sample, config)._replace(weight_B=weight)
+    batch = place(_transitions(held, sample, config)._replace(weight_B=weight))
     learner, metrics = algorithm.update(learner, batch, key_update)
     if config.prioritised:
         error = dqn.td_error(

@@ -10,6 +10,7 @@ from rlhfjax.algorithms import make_optimizer, ppo
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.config import ControlPPO as Config
 from rlhfjax.environments import Environment, Trajectory, batch_first, rollout
+from rlhfjax.mesh import Devices
 from rlhfjax.networks import mlp
 from rlhfjax.ops import gae
 from rlhfjax.recipes.control.training import (
@@ -17,22 +18,27 @@ from rlhfjax.recipes.control.training import (
     PyTree,
     Run,
     Training,
+    check_split,
     episode_metrics,
     greedy,
     iterations_of,
+    laid,
     observations,
     recorded,
     start_worlds,
 )
 
 
-def control_ppo(env: Environment, config: Config) -> Training:
+def control_ppo(env: Environment, config: Config, *, mesh: Devices | None = None) -> Training:
     """PPO as a `Training`; parameters {"policy", "critic"}, metrics of `rlhfjax.algorithms.ppo` and the episodes'.
 
     A truncated episode bootstraps from the critic's value of its own final observation, and so does the end of a
     rollout. The reference policy of the KL terms is that of the rollout. Each row of the batch is one step, so that
     minibatches mix worlds and times, as those of arXiv 1707.06347 do; in the metrics a sequence is one step, and its
     reward the lambda-return.
+
+    mesh: devices that the worlds of a run are split over, and with them acting and every minibatch; parameters are
+    whole on each. None: for one device, or seeds over several.
 
     Float fields of the config may be traced. Raises ValueError where a setting does not fit.
     """
@@ -45,6 +51,9 @@ def control_ppo(env: Environment, config: Config) -> Training:
         config.worlds * config.steps,
         settings.minibatches * settings.microbatches,
         what="minibatches x microbatches",
+    )
+    check_split(
+        mesh, config.worlds, config.worlds * config.steps // (settings.minibatches * settings.microbatches)
     )
     env = recorded(env)
 
@@ -67,7 +76,7 @@ def control_ppo(env: Environment, config: Config) -> Training:
         key_actor, key_critic, key_worlds = jax.random.split(key, 3)
         params = {"policy": actor.init(key_actor), "critic": critic.init(key_critic)}
         worlds = start_worlds(env, key_worlds, config.worlds)
-        return Run(algorithm.init(params), worlds, None, jnp.int32(0))
+        return laid(mesh, Run(algorithm.init(params), worlds, None, jnp.int32(0)))
 
     def iterate(run: Run, key: jax.Array) -> tuple[Run, Metrics]:
         key_act, key_learn = jax.random.split(key)
@@ -82,7 +91,7 @@ def control_ppo(env: Environment, config: Config) -> Training:
         batch = ppo_steps(trajectory, partial(value_of, params), settings)
         learner, metrics = algorithm.update(run.learner, batch, key_learn)
         run = Run(learner, worlds, None, run.steps + config.worlds * config.steps)
-        return run, metrics | episode_metrics(trajectory)
+        return laid(mesh, run), metrics | episode_metrics(trajectory)
 
     def policy(run: Run):
         return greedy(log_policy, run.learner.params)

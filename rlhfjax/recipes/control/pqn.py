@@ -7,26 +7,31 @@ from rlhfjax.algorithms import epsilon_greedy, make_optimizer, pqn
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.config import ControlPQN as Config
 from rlhfjax.environments import Environment, batch_first, rollout
+from rlhfjax.mesh import Devices
 from rlhfjax.networks import mlp
 from rlhfjax.recipes.control.training import (
     Metrics,
     PyTree,
     Run,
     Training,
+    check_split,
     episode_metrics,
     falling,
     greedy,
     iterations_of,
+    laid,
     observations,
     recorded,
     start_worlds,
 )
 
 
-def control_pqn(env: Environment, config: Config) -> Training:
+def control_pqn(env: Environment, config: Config, *, mesh: Devices | None = None) -> Training:
     """PQN as a `Training`; metrics of `rlhfjax.algorithms.pqn`, the episodes', and "epsilon".
 
     A truncated episode bootstraps from its own final observation, and so does the end of a rollout.
+
+    mesh: devices that the worlds of a run are split over, as in `control_ppo`.
 
     Float fields of the config may be traced. Raises ValueError where a setting does not fit.
     """
@@ -39,6 +44,9 @@ def control_pqn(env: Environment, config: Config) -> Training:
         settings.minibatches * settings.microbatches,
         what="minibatches x microbatches",
     )
+    check_split(
+        mesh, config.worlds, config.worlds * config.steps // (settings.minibatches * settings.microbatches)
+    )
     env = recorded(env)
 
     def evaluate(params: PyTree, observation: jax.Array) -> jax.Array:
@@ -50,7 +58,7 @@ def control_pqn(env: Environment, config: Config) -> Training:
     def init(key: jax.Array) -> Run:
         key_network, key_worlds = jax.random.split(key)
         learner = algorithm.init(network.init(key_network))
-        return Run(learner, start_worlds(env, key_worlds, config.worlds), None, jnp.int32(0))
+        return laid(mesh, Run(learner, start_worlds(env, key_worlds, config.worlds), None, jnp.int32(0)))
 
     def iterate(run: Run, key: jax.Array) -> tuple[Run, Metrics]:
         key_act, key_learn = jax.random.split(key)
@@ -72,7 +80,7 @@ def control_pqn(env: Environment, config: Config) -> Training:
         )
         learner, metrics = algorithm.update(run.learner, batch, key_learn)
         run = Run(learner, worlds, None, run.steps + config.worlds * config.steps)
-        return run, metrics | episode_metrics(trajectory) | {"epsilon": epsilon}
+        return laid(mesh, run), metrics | episode_metrics(trajectory) | {"epsilon": epsilon}
 
     def policy(run: Run):
         return greedy(evaluate, run.learner.params)

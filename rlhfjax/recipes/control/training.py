@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rlhfjax.environments import Environment, Trajectory, Worlds, autoreset, record_episodes, start
 from rlhfjax.environments.replay import Replay
 from rlhfjax.environments.rollout import Act
+from rlhfjax.mesh import Devices, check_rows, rows, whole
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -68,6 +69,25 @@ def train(
 
 
 _START = 2**31 - 1  # no iteration has this number
+
+
+def laid(mesh: Devices | None, run: Run, *, axis: int = 0) -> Run:
+    """The run, its worlds split over the mesh and the rest whole on every device; within a program.
+
+    axis: that of the worlds, 1 behind an axis of seeds. None and one device change nothing.
+    """
+    if mesh is None or mesh.size == 1:
+        return run
+    worlds = jax.lax.with_sharding_constraint(run.worlds, rows(mesh, axis))
+    rest = jax.lax.with_sharding_constraint(run._replace(worlds=None), whole(mesh))
+    return rest._replace(worlds=worlds)
+
+
+def check_split(mesh: Devices | None, worlds: int, batch: int) -> None:
+    """Raises ValueError where worlds, or the rows that are learnt from at a time, cannot be split evenly."""
+    if mesh is not None:
+        check_rows(mesh, worlds, what="set of worlds")
+        check_rows(mesh, batch, what="batch, or a minibatch or microbatch of it,")
 
 
 def recorded(env: Environment) -> Environment:
