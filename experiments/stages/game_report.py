@@ -10,6 +10,7 @@ from experiments.stages.control_report import code, figure_section
 from experiments.stages.games import Outcome, Policy, Task
 from rlhfjax.environments.text import Conversation, Player, TextWorld
 from rlhfjax.figures import Bands, plot_bands
+from rlhfjax.mesh import make_mesh
 from rlhfjax.report import (
     Section,
     Table,
@@ -43,7 +44,7 @@ def solve(
       ValueError: bad settings, before anything is run.
     """
     names = choose(config.algorithms, [name for name in games.METHODS if hasattr(config, name)])
-    games.check(config, names)
+    games.check(config, names, make_mesh(folder.mesh))
     data = games.collect(task, config.games, folder)
     policies = games.learn_all(names, config, task, data, folder)
     found = games.evaluate(policies, task, config.play, folder)

@@ -19,6 +19,18 @@ from rlhfjax.algorithms import Algorithm, ilql, make_optimizer, sft, soft_q
 from rlhfjax.config import Decoder
 from rlhfjax.environments.text import Conversation, Player, TextWorld, converse, render, row_length
 from rlhfjax.generation import Sampling, guided
+from rlhfjax.mesh import (
+    Devices,
+    activations,
+    check_rows,
+    fetch,
+    gathered_to_decode,
+    init_on,
+    kept,
+    make_mesh,
+    place_rows,
+    put,
+)
 from rlhfjax.networks import LanguageModel, decoder
 from rlhfjax.ops import discounted_returns
 from rlhfjax.recipes import (
@@ -62,10 +74,11 @@ class Method(NamedTuple):
 
     algorithm: Algorithm
     lm: LanguageModel  # of its policies
-    as_batch: Callable[[ilql.Episodes], Any]
+    as_batch: Callable[[Any, ilql.Episodes], Any]  # (frozen, episodes) -> the algorithm's batch
     params: Any
     policies: Callable[[Any], list[Policy]]  # of the trained params; the last one is tried out on the way
     column: str  # the loss that is shown
+    frozen: Any = ()  # params that the batch is made with, and that stay as they are
 
 
 class Outcome(NamedTuple):
@@ -77,28 +90,28 @@ class Outcome(NamedTuple):
     greedy_score: np.ndarray  # by the same policy at temperature 0; in the same worlds
 
 
-def language_model(task: Task, network: Network) -> LanguageModel:
+def language_model(task: Task, network: Network, mesh: Devices) -> LanguageModel:
     """A decoder over the world's vocabulary that holds its longest game."""
-    return decoder(
-        Decoder(
-            vocab_size=len(task.world.vocabulary),
-            width=network.width,
-            layers=network.layers,
-            heads=network.heads,
-            kv_heads=network.heads,
-            head_size=network.width // network.heads,
-            mlp_width=network.mlp_width,
-            max_positions=row_length(task.world),
-        )
+    config = Decoder(
+        vocab_size=len(task.world.vocabulary),
+        width=network.width,
+        layers=network.layers,
+        heads=network.heads,
+        kv_heads=network.heads,
+        head_size=network.width // network.heads,
+        mlp_width=network.mlp_width,
+        max_positions=row_length(task.world),
     )
+    return gathered_to_decode(mesh, decoder(config, place=activations(mesh)))
 
 
 def collect(task: Task, count: int, folder: RunFolder) -> Conversation:
     """Games of the demonstrator: NumPy, no longer than the longest of them."""
 
     def compute():
-        key = _key(folder, "data")
-        games = jax.device_get(jax.jit(lambda key: converse(task.world, task.demonstrator, key, count))(key))
+        place = place_rows(make_mesh(folder.mesh))
+        converses = jax.jit(lambda key: converse(task.world, task.demonstrator, key, count, place=place))
+        games = fetch(converses(_key(folder, "data")))
         longest = int(games.mask_BN.sum(axis=1).max())
         games = games._replace(
             **{name: getattr(games, name)[:, :longest] for name in ("token_BN", "mask_BN", "turn_BN")},
@@ -123,34 +136,41 @@ def learn(
     episodes = jax.tree.map(jnp.asarray, game_episodes(cut_games(games, task.piece) if task.piece else games))
     rows, per_point = episodes.mask.shape[0], max(1, stage.steps // play.points)
     key, key_play = _key(folder, name), _key(folder, "play")
-    try_out = player(method.lm, task, play.games)
+    mesh = make_mesh(folder.mesh)
+    place, games_of, frozen = place_rows(mesh), player(method.lm, task, play.games, mesh), method.frozen
 
-    def update(state, key):
-        key_batch, key_update = jax.random.split(key)
-        index_B = jax.random.randint(key_batch, (stage.batch,), 0, rows)
-        batch = method.as_batch(jax.tree.map(lambda x: x[index_B], episodes))
-        return method.algorithm.update(state, batch, key_update)
+    def advance(state, frozen, first):
+        def update(state, key):
+            key_batch, key_update = jax.random.split(key)
+            index_B = jax.random.randint(key_batch, (stage.batch,), 0, rows)
+            batch = method.as_batch(frozen, place(jax.tree.map(lambda x: x[index_B], episodes)))
+            return kept(mesh, method.algorithm.update)(state, batch, key_update)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def advance(state, first):
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(per_point))
         state, metrics = jax.lax.scan(update, state, keys)
         return state, jax.tree.map(jnp.mean, metrics)
 
-    def step(state, i: int):
-        state, metrics = advance(state, jnp.int32(i * per_point))
-        played = try_out(method.policies(state.params)[-1].params, jnp.float32(1.0), key_play)
-        return state, metrics | {
+    @jax.jit
+    def try_out(params):
+        played = games_of(params, jnp.float32(1.0), key_play)
+        return {
             "game/score": jnp.mean(played.score_B),
             "game/won": jnp.mean(played.success_B, dtype=jnp.float32),
-            "updates": jnp.int32((i + 1) * per_point),
         }
+
+    advance = jax.jit(kept(mesh, advance), donate_argnums=0)
+
+    def step(state, i: int):
+        # Waited for, lest two programs of several devices meet, see `run_stage`.
+        state, metrics = jax.block_until_ready(advance(state, frozen, jnp.int32(i * per_point)))
+        played = jax.block_until_ready(try_out(method.policies(state.params)[-1].params))
+        return state, metrics | played | {"updates": jnp.int32((i + 1) * per_point)}
 
     columns = {"updates": "updates", method.column: "loss", "game/score": "score", "game/won": "won"}
     state = run_stage(
         name,
         folder=folder,
-        init=lambda: method.algorithm.init(jax.tree.map(jnp.array, method.params)),
+        init=lambda: init_on(mesh, method.algorithm.init, jax.tree.map(jnp.array, put(mesh, method.params))),
         step=step,
         steps=max(1, stage.steps // per_point),
         checkpoint_every=1,
@@ -159,14 +179,15 @@ def learn(
     return state.params
 
 
-def player(lm: LanguageModel, task: Task, count: int):
+def player(lm: LanguageModel, task: Task, count: int, mesh: Devices):
     """Compiled games of a language model: `(params, temperature, key) -> Conversation`."""
 
     @jax.jit
     def play(params, temperature, key):
-        sampling = Sampling(temperature=temperature)
-        played = play_games(lm, params, task.world, key, count, memory=task.memory, sampling=sampling)
-        return played.games
+        sampling, place = Sampling(temperature=temperature), place_rows(mesh)
+        return play_games(
+            lm, params, task.world, key, count, memory=task.memory, sampling=sampling, place=place
+        ).games
 
     return play
 
@@ -176,10 +197,11 @@ def evaluate(policies: Sequence[Policy], task: Task, play: Play, folder: RunFold
 
     def compute():
         key, arrays, numbers, rows = _key(folder, "evaluation"), {}, {}, []
-        compiled = {id(policy.lm): player(policy.lm, task, play.final_games) for policy in policies}
+        mesh = make_mesh(folder.mesh)
+        compiled = {id(policy.lm): player(policy.lm, task, play.final_games, mesh) for policy in policies}
         for name, lm, params in policies:
             run = compiled[id(lm)]
-            sampled, greedy = (jax.device_get(run(params, jnp.float32(t), key)) for t in (1.0, 0.0))
+            sampled, greedy = (fetch(run(params, jnp.float32(t), key)) for t in (1.0, 0.0))
             parts = (sampled.score_B, sampled.success_B, sampled.turns_B, greedy.score_B)
             arrays |= {f"{name}/{field}": x for field, x in zip(Outcome._fields, parts, strict=True)}
             numbers |= {f"{name}/score": sampled.score_B.mean(), f"{name}/greedy": greedy.score_B.mean()}
@@ -196,13 +218,13 @@ def scripted(
     players: Mapping[str, Player], task: Task, play: Play, folder: RunFolder
 ) -> dict[str, np.ndarray]:
     """Scores of scripted players in the worlds that policies are evaluated in, [G] each."""
-    key = _key(folder, "evaluation")
-    return {
-        name: np.asarray(
-            jax.jit(lambda key, one=one: converse(task.world, one, key, play.final_games).score_B)(key)
-        )
-        for name, one in players.items()
-    }
+    key, place = _key(folder, "evaluation"), place_rows(make_mesh(folder.mesh))
+
+    def scores(one: Player) -> np.ndarray:
+        play_all = jax.jit(lambda key: converse(task.world, one, key, play.final_games, place=place).score_B)
+        return fetch(play_all(key))
+
+    return {name: scores(one) for name, one in players.items()}
 
 
 # ---- methods
@@ -214,7 +236,8 @@ def clone(name: str, lm: LanguageModel, params: dict, stage: CloneStage, task: T
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     algorithm = sft.make(text_logp(lm, states=states), optimizer, stage.algorithm)
 
-    def as_batch(episodes: ilql.Episodes) -> sft.Batch:
+    def as_batch(frozen: Any, episodes: ilql.Episodes) -> sft.Batch:
+        del frozen
         return sft.Batch(episodes.inputs, episodes.mask.astype(jnp.float32))
 
     return Method(algorithm, lm, as_batch, params, lambda params: [Policy(name, lm, params)], "loss/nll")
@@ -242,7 +265,8 @@ def values(
     algorithm = ilql.make(found.evaluate, optimizer, config, **found.target())
     model = guided(lm, trunk=lm, min_p=stage.min_p)
 
-    def as_batch(episodes: ilql.Episodes) -> ilql.Episodes:
+    def as_batch(frozen: Any, episodes: ilql.Episodes) -> ilql.Episodes:
+        del frozen
         return episodes._replace(truncated=None) if of_returns else episodes
 
     def policies(params: dict) -> list[Policy]:
@@ -256,9 +280,11 @@ def soft(name: str, lm: LanguageModel, cloned: dict, stage: SoftStage, task: Tas
     states = functools.partial(turn_states, memory=task.memory)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
     algorithm = soft_q.make(text_soft_q(lm, states=states), optimizer, stage.algorithm)
-    as_batch = functools.partial(soft_batch, lm, cloned, states=states)
+    as_batch = functools.partial(soft_batch, lm, states=states)
     label = f"{name}, beta {stage.algorithm.beta:g}"
-    return Method(algorithm, lm, as_batch, cloned, lambda params: [Policy(label, lm, params)], "loss/total")
+    return Method(
+        algorithm, lm, as_batch, cloned, lambda params: [Policy(label, lm, params)], "loss/total", cloned
+    )
 
 
 def returned(games: Conversation, discount: float) -> Conversation:
@@ -277,7 +303,7 @@ def learn_all(names: Sequence[str], config: Any, task: Task, games: Conversation
 
     The clone is always trained, since the others start from it.
     """
-    lm = language_model(task, config.network)
+    lm = language_model(task, config.network, make_mesh(folder.mesh))
     key_clone, key_values = jax.random.split(_key(folder, "networks"))
     policies: list[Policy] = []
 
@@ -302,11 +328,17 @@ def learn_all(names: Sequence[str], config: Any, task: Task, games: Conversation
     return policies
 
 
-def check(config: Any, names: Sequence[str]) -> None:
+def check(config: Any, names: Sequence[str], mesh: Devices) -> None:
     """Raises ValueError for numbers that cannot be, before anything is run."""
     for owner, field in ((config, "games"), *((config.play, x) for x in ("points", "games", "final_games"))):
         if getattr(owner, field) < 1:
             raise ValueError(f"{field} must be at least 1, got {getattr(owner, field)}")
+    for flag, count in (
+        ("--games", config.games),
+        ("--play.games", config.play.games),
+        ("--play.final-games", config.play.final_games),
+    ):
+        check_rows(mesh, count, what=f"set of games ({flag})")
     if not 0 < config.best_fraction <= 1:
         raise ValueError(f"best_fraction={config.best_fraction} must lie in (0, 1]; 1 clones all games")
     if config.network.width % (2 * config.network.heads):
@@ -317,6 +349,7 @@ def check(config: Any, names: Sequence[str]) -> None:
         stage = getattr(config, name)
         if stage.steps < 1 or stage.batch < 1:
             raise ValueError(f"{name}: steps={stage.steps} and batch={stage.batch} must be at least 1")
+        check_rows(mesh, stage.batch, what=f"batch (--{name.replace('_', '-')}.batch)")
         if name in VALUE_METHODS and not stage.betas:
             raise ValueError(f"{name}.betas names none: no policy would be made of the values")
         optimizer = make_optimizer(stage.optimizer, stage.steps)

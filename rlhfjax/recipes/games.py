@@ -10,6 +10,7 @@ many turns are one compiled program with the worlds inside.
 Shapes: B games, N = T + 1 tokens of a row, L tokens of an utterance, S slots of the cache, D width.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +66,7 @@ def play_games(
     memory: int | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008  (immutable)
     world_params: PyTree = None,
+    place: Callable[[PyTree], PyTree] = lambda games: games,
 ) -> Played:
     """`count` games of a language model, to be jitted by the caller; it ends when all games have.
 
@@ -76,6 +78,7 @@ def play_games(
       sampling: of the agent's tokens; scalars or [count]. Steps are those of a turn, and a repetition is one of
         anything said or heard in the game.
       world_params: None takes the world's own.
+      place: lays arrays with a row for each game over devices, `mesh.place_rows(mesh)`, where the model lies on them.
 
     A turn ends with the stop token, or after `world.action_length` tokens. Raises ValueError where the model's
     vocabulary is not the world's, or where its positions do not hold the longest game.
@@ -85,7 +88,7 @@ def play_games(
     slots = (
         columns if memory is None else min(columns, memory * (world.observation_length + world.action_length))
     )
-    key_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count))
+    key_B = place(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count)))
     reach = columns if memory is None else memory
 
     def choose(state: _Loop) -> Drawn:
@@ -134,6 +137,8 @@ def play_games(
 
     params = lm.for_decoding(params)
     start = _start(lm, params, world, env_params, key_B, slots=slots, columns=columns)
+    rows = ("table", "hidden_BD", "turn_BS", "games", "logp_BN")  # the model lays its cache itself
+    start = start._replace(**place({name: getattr(start, name) for name in rows}))
     out = jax.lax.while_loop(goes_on, body, start)
     games = out.games._replace(
         agent_BT=out.games.agent_BT[:, 1:],

@@ -53,17 +53,24 @@ def row_length(world: TextWorld) -> int:
 
 
 def converse(
-    world: TextWorld, player: Player, key: jax.Array, count: int, params: PyTree = None
+    world: TextWorld,
+    player: Player,
+    key: jax.Array,
+    count: int,
+    params: PyTree = None,
+    *,
+    place: Callable[[PyTree], PyTree] = lambda games: games,
 ) -> Conversation:
     """`count` games of a scripted player: one scan over turns, `vmap` over games. To be jitted by the caller.
 
-    params: None takes the world's own. The key is consumed; each game's keys are folded from it by the game's number
-    and the turn's. ValueError for a count below 1 and a player whose utterances are not of `action_length` tokens.
+    params: None takes the world's own. place: lays arrays with a row for each game over devices:
+    `mesh.place_rows(mesh)`. The key is consumed; each game's keys are folded from it by the game's number and the
+    turn's. ValueError for a count below 1 and a player whose utterances are not of `action_length` tokens.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1 game, got {count}")
     params = world.env.params if params is None else params
-    key_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count))
+    key_B = place(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count)))
     opening, state = jax.vmap(lambda key: world.env.reset(jax.random.fold_in(key, 0), params))(key_B)
 
     def turn(key: jax.Array, state: PyTree) -> tuple[PyTree, tuple]:
@@ -80,8 +87,8 @@ def converse(
         return (after, running_B & ~exchange.terminated_RB & ~exchange.truncated_RB), exchange
 
     number_R = 1 + jnp.arange(world.turns)
-    _, exchanges = jax.lax.scan(all_turn, (state, jnp.ones(count, bool)), number_R)
-    return as_rows(opening, exchanges)
+    _, exchanges = jax.lax.scan(all_turn, place((state, jnp.ones(count, bool))), number_R)
+    return place(as_rows(opening, exchanges))
 
 
 def as_rows(opening: Utterance, exchanges: Exchanges) -> Conversation:
@@ -91,13 +98,15 @@ def as_rows(opening: Utterance, exchanges: Exchanges) -> Conversation:
     reward, and its reward counts in the score only.
     """
     chunk_BK, real_BK, turn_BK, agent_BK, reward_BK = _laid_out(opening, exchanges)
-    size = chunk_BK.shape
-    row_BK = jnp.broadcast_to(jnp.arange(size[0])[:, None], size)
     # What was not said is written to a place past the end, where nothing is kept.
-    place_BK = jnp.where(real_BK, jnp.cumsum(real_BK, axis=1) - 1, size[1])
+    place_BK = jnp.where(real_BK, jnp.cumsum(real_BK, axis=1) - 1, chunk_BK.shape[1])
+
+    @jax.vmap  # row by row, so that each device packs its own
+    def packed_row(x_K: jax.Array, place_K: jax.Array) -> jax.Array:
+        return jnp.zeros_like(x_K).at[place_K].set(x_K, mode="drop")
 
     def packed(x_BK: jax.Array) -> jax.Array:
-        return jnp.zeros_like(x_BK).at[row_BK, place_BK].set(x_BK, mode="drop")
+        return packed_row(x_BK, place_BK)
 
     running_RB = exchanges.running_RB
     cut_RB = exchanges.truncated_RB & ~exchanges.terminated_RB  # where both, it terminated
