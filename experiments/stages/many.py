@@ -22,6 +22,7 @@ from experiments.stages.policy import Learner, Problem, check, compose, run_key
 from rlhfjax.data import batch_indices
 from rlhfjax.figures import Bands, plot_bands
 from rlhfjax.mesh import init_on, put
+from rlhfjax.mesh import rows as rows_of
 from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import Frozen, Prompts
 from rlhfjax.report import Section, Table, bootstrap_interval
@@ -130,11 +131,21 @@ def optimise_policies(
 
         def iterate(state_R: Any, frozen: Frozen, prompts_R: Prompts, i: jax.Array):
             of_runs = state_R, jnp.asarray(grid.value_RH), jnp.asarray(grid.seed_R), prompts_R
-            return jax.vmap(partial(one, frozen, i))(*of_runs)
+            state_R, metrics_R, seen = jax.vmap(partial(one, frozen, i))(*of_runs)
+            metrics = {key: jnp.mean(value_R) for key, value_R in metrics_R.items()}
+            metrics |= _by_run({key: metrics_R[key] for key in SHOWN if key in metrics_R})
+            metrics["perf/generated_tokens"] = seen[1].mask_BGC.sum(dtype=jnp.float32)
+            return state_R, metrics, seen
 
         return iterate
 
     iterate = text.jit(iteration, donate_argnums=(0,))
+
+    # The rows of each run lie as those of one alone.
+    stack = jax.jit(
+        lambda batches: jax.tree.map(lambda *x: jnp.stack(x), *batches),
+        out_shardings=rows_of(text.mesh, axis=1),
+    )
 
     def init():
         params = put(text.mesh, make_learner(text.lm, config).params)
@@ -145,14 +156,10 @@ def optimise_policies(
             seed: text.batch(examples, rows[batch_indices(seed, step, config.prompts, len(rows))])
             for seed in sorted(set(grid.seed_R.tolist()))
         }
-        return jax.tree.map(lambda *x: jnp.stack(x), *(one_of[seed] for seed in grid.seed_R.tolist()))
+        return stack([one_of[seed] for seed in grid.seed_R.tolist()])
 
     def step(state_R, prompts_R: Prompts, i: int):
-        state_R, metrics_R, seen = iterate(state_R, frozen, prompts_R, jnp.int32(i))
-        metrics = {key: jnp.mean(value_R) for key, value_R in metrics_R.items()}
-        metrics |= _by_run({key: metrics_R[key] for key in SHOWN if key in metrics_R})
-        generated = seen[1].mask_BGC.sum(dtype=jnp.float32)
-        return state_R, metrics | {"perf/generated_tokens": generated}, seen
+        return iterate(state_R, frozen, prompts_R, jnp.int32(i))
 
     def measure(i: int, seen) -> dict[str, float]:
         del i
