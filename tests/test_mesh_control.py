@@ -171,6 +171,7 @@ def test_seeds_are_split_where_they_can_be_else_worlds_else_it_is_told(capsys):
     mesh = on_mesh.make_mesh(MESHES["data_fsdp"])
     assert lay_out(mesh, "ppo", Evaluated(seeds=8), CONFIGS["ppo"]).axis == 0
     assert lay_out(mesh, "ppo", Evaluated(), CONFIGS["ppo"]) == Layout(mesh, 1)
+    assert lay_out(mesh, "ppo", Evaluated(seeds=6), CONFIGS["ppo"]).axis == 1
     with pytest.raises(ValueError, match="neither --seeds 3 nor --ppo.worlds 6 can be split over 4 devices"):
         lay_out(mesh, "ppo", Evaluated(), dataclasses.replace(CONFIGS["ppo"], worlds=6))
     with pytest.raises(ValueError, match=r"set of worlds to evaluate in \(--final-episodes\) of 6 rows"):
@@ -210,6 +211,14 @@ def test_whole_episodes_are_the_same_on_a_mesh():
     all_close(on_mesh.fetch(found), on_mesh.fetch(expected))
     with pytest.raises(ValueError, match="a set of worlds of 6 rows cannot be split over 4 devices"):
         play(ENV, act, jax.random.key(0), count=6, most_steps=2, place=on_mesh.place_rows(mesh))
+
+
+def test_numbers_of_many_runs_lie_whole_and_their_parameters_as_those_of_one():
+    mesh = on_mesh.make_mesh(MESHES["data_fsdp"])
+    runs = {"step": np.zeros(4), "head": {"bias": np.zeros(4)}, "output": {"kernel": np.zeros((4, 6, 8))}}
+    where = on_mesh.shardings(mesh, runs)
+    assert where["step"].is_fully_replicated and where["head"]["bias"].is_fully_replicated
+    assert where["output"]["kernel"].shard_shape((4, 6, 8)) == (4, 6, 4)
 
 
 LAYOUT = ("####", "# G#", "#  #", "####")
