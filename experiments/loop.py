@@ -119,7 +119,7 @@ def run_stage(
                         state, *out = step(state, *inputs, i)
                         clock.watch(out[0])
                         if i in traced or _must_wait(state):
-                            jax.block_until_ready(state)
+                            jax.block_until_ready((state, out[0]))
                     if late:
                         report(*late)
                     late = (i + 1, out[0] | {f"{PERF}idle_seconds": idle}, *out[1:])
