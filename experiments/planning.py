@@ -15,6 +15,9 @@ from experiments.programs import Program
 from rlhfjax.config import Mesh
 from rlhfjax.report import Table, markdown_table
 
+DEEP = 12  # layers; a program of more is told from those of
+DEPTHS = (4, 8)
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -98,9 +101,7 @@ def _traced_for(platform: str) -> contextlib.AbstractContextManager[None]:
 def _planned(program: Program, chosen: Any, target: Any, mesh: Any, price: float | None, say) -> Planned:
     from rlhfjax import planner
 
-    say(f"compiling {program.stage}: {program.name}, {program.rows or 'no'} rows")
-    compiled, text = planner.compile_to_read(program.lower(), target.platform)
-    analysis = planner.analyse(compiled, text=text)
+    analysis = _analysis(program, target.platform, say)
     used = planner.usage(analysis.memory, **dict(program.parts))
     models = (program.parts.get("parameters", ()), program.parts.get("frozen", ()))
     plan = planner.Plan(
@@ -110,11 +111,38 @@ def _planned(program: Program, chosen: Any, target: Any, mesh: Any, price: float
         parameters=planner.count(models),
         usage=used,
         programs={program.name: planner.Part(analysis)},
-        compiled_for=target.words,
+        compiled_for=target.words + _of_depths(program),
         iterations=round(program.runs),
         price=price,
     )
     return Planned(program, plan)
+
+
+def _analysis(program: Program, platform: str, say: Callable[[str], None]) -> Any:
+    """Of the compiled program. A deep one is told from two shallow ones, which compile in minutes less."""
+    from rlhfjax import planner
+
+    def compiled(of: Program, depth: int) -> Any:
+        layers = f", {depth} layers" if depth else ""
+        say(f"compiling {of.stage}: {of.name}, {of.rows or 'no'} rows{layers}")
+        program, text = planner.compile_to_read(of.lower(), platform)
+        return planner.analyse(program, text=text)
+
+    if program.shallow is None or not _is_deep(program):
+        return compiled(program, 0)
+    shallow, deeper = (compiled(program.shallow(depth), depth) for depth in DEPTHS)
+    return planner.deepened(shallow, deeper, DEPTHS, program.depth)
+
+
+def _is_deep(program: Program) -> bool:
+    return program.shallow is not None and program.depth > DEEP
+
+
+def _of_depths(program: Program) -> str:
+    first, second = DEPTHS
+    if not _is_deep(program):
+        return ""
+    return f", with {first} and with {second} of its {program.depth} layers, through which a straight line is laid"
 
 
 def _largest_batch(main: Planned, chosen: Any, target: Any, mesh: Any, price: float | None, say) -> str:

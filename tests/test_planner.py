@@ -17,12 +17,14 @@ from rlhfjax.config import Decoder
 from rlhfjax.networks import decoder
 from rlhfjax.networks.flops import forward_flops
 from rlhfjax.planner import (
+    Analysis,
     Memory,
     analyse,
     aot_devices,
     bytes_per_device,
     compile_to_read,
     count,
+    deepened,
 )
 from rlhfjax.planner.hlo import arrays, parse, replica_groups
 
@@ -379,3 +381,32 @@ def test_a_tpus_program_does_the_work_of_a_cpus():
     kinds = {name: {(c.kind, c.size) for c in a.collectives} for name, a in found.items()}
     assert kinds["v5e"] & kinds["cpu"]
     assert found["v5e"].memory.temporary < found["cpu"].memory.temporary
+
+
+def stacked(layers: int) -> Analysis:
+    """Of a stack of equal layers, split over two devices."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=split)
+    kernels = [jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=everywhere)] * layers
+
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = jnp.tanh(x @ kernel)
+        return jnp.sum(x)
+
+    return analyse(jax.jit(jax.grad(loss)).lower(kernels, x).compile())
+
+
+def test_a_deep_program_is_told_from_two_shallow_ones():
+    told, compiled = deepened(stacked(2), stacked(4), (2, 4), 9), stacked(9)
+    assert (
+        told.flops == compiled.flops == 9 * 3 * 2 * 4 * 16 * 16 - 2 * 4 * 16 * 16
+    )  # none for the input's gradient
+    assert told.bytes == pytest.approx(compiled.bytes, rel=0.02)
+    assert told.memory.arguments == compiled.memory.arguments
+    assert told.memory.temporary == pytest.approx(compiled.memory.temporary, rel=0.1)
+    sent = [sum(c.bytes * c.calls for c in a.collectives) for a in (told, compiled)]
+    assert sent[0] == pytest.approx(sent[1]) and sent[0] > 0
+    with pytest.raises(ValueError, match="depths 4 and 2 must grow, up to 9"):
+        deepened(stacked(2), stacked(2), (4, 2), 9)

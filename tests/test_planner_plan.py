@@ -280,7 +280,7 @@ def test_without_a_tpus_compiler_virtual_cpus_stand_in(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     target = aot_devices(lookup("h100"), 4)
     assert target.devices == jax.devices()[:4] and target.platform == "cpu"
-    assert "4 virtual CPU devices in place of h100" in target.words and "overstated" in target.words
+    assert "4 virtual CPUs in place of h100" in target.words and "overstated" in target.words
     with pytest.raises(ValueError, match="JAX_NUM_CPU_DEVICES=8 before JAX starts"):
         aot_devices(lookup("h100"), 8)
 

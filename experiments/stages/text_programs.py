@@ -48,14 +48,18 @@ PyTree = Any
 ARCHITECTURES = asset("experiments/assets/architectures")
 
 
-def text_of_shapes(config: TextConfig, mesh: Devices) -> Text:
+def text_of_shapes(config: TextConfig, mesh: Devices, *, layers: int | None = None) -> Text:
     """The text of a configuration with shapes in place of the base's weights, and without a tokenizer.
+
+    layers: of the base, its first ones; None: all.
 
     `config.base` may name an architecture alone (a folder with a config.json, or one of `ARCHITECTURES`).
     """
     known = ARCHITECTURES / str(config.base)
     source = known if known.is_dir() else find_model(_named(config))
     shape = dataclasses.replace(pretrained_config(source), dtype=config.compute, remat=config.remat)
+    if layers is not None:
+        shape = dataclasses.replace(shape, layers=layers, windows=shape.windows[:layers])
     length = config.prompt_length + config.completion_length
     if length > shape.max_positions:
         raise ValueError(
@@ -94,13 +98,14 @@ def programs_of_text(
     evaluation: EvaluationStage | None = None,
     on_host: bool = False,
     seeds: int = 1,
+    layers: int | None = None,
 ) -> list[Program]:
     """The programs of a whole experiment, in the order of its stages.
 
     A stage of None is not part of it. `on_host`: whether the reward of `policies` is a Python function; else it is the
-    model of `reward` or, without one, one that costs nothing.
+    model of `reward` or, without one, one that costs nothing. `layers` of the base; None: all.
     """
-    text = text_of_shapes(config, mesh)
+    text = text_of_shapes(config, mesh, layers=layers)
     found = []
     if sft is not None and sft.steps:
         found.append(_finetuning(sft, text))
@@ -116,7 +121,29 @@ def programs_of_text(
         of_policies = 1 + len(policies)
         one = _sampling("evaluation", text, columns, evaluation.batch, evaluation.prompts)
         found.append(dataclasses.replace(one, runs=one.runs * of_policies))
-    return [dataclasses.replace(program, runs=program.runs * seeds) for program in found]
+    found = [dataclasses.replace(program, runs=program.runs * seeds) for program in found]
+    if layers is not None or any(text.lm.config.windows):
+        return found  # layers with windows are not all equal
+
+    def with_layers(number: int, layers: int) -> Program:
+        return programs_of_text(
+            config,
+            mesh,
+            sft=sft,
+            preferences=preferences,
+            reward=reward,
+            ratings=ratings,
+            policies=policies,
+            evaluation=evaluation,
+            on_host=on_host,
+            seeds=seeds,
+            layers=layers,
+        )[number]
+
+    return [
+        dataclasses.replace(program, depth=text.lm.config.layers, shallow=partial(with_layers, number))
+        for number, program in enumerate(found)
+    ]
 
 
 def _named(config: TextConfig) -> str | Path:

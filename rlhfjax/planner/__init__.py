@@ -25,6 +25,7 @@ from rlhfjax.planner.aot import (
     memory_asked,
     topology_name,
 )
+from rlhfjax.planner.depth import deepened
 from rlhfjax.planner.memory import (
     Usage,
     advice,
@@ -58,6 +59,7 @@ __all__ = [
     "collective_seconds",
     "compile_to_read",
     "count",
+    "deepened",
     "describe",
     "estimated_savings",
     "expected_seconds",

@@ -137,7 +137,7 @@ def _virtual(name: str, count: int) -> Target:
             f"a plan for {count} devices needs as many virtual CPUs, there are {len(devices)}: set "
             f"JAX_NUM_CPU_DEVICES={count} before JAX starts"
         )
-    words = f"compiled for {count} virtual CPU devices"
+    words = f"compiled for {count} virtual CPU{'s' if count > 1 else ''}"
     if name != "cpu":
         words += (
             f" in place of {name}: they compute bfloat16 in float32, and undo remat, so that temporary memory, "

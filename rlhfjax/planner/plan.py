@@ -173,11 +173,16 @@ def _collectives(plan: Plan) -> str:
 
 def _assumptions(plan: Plan) -> str:
     efficiency, accelerator = plan.efficiency, plan.accelerator
+    links = ""
+    if plan.devices > 1:
+        links = (
+            f", {in_bytes(accelerator.link)}/s to others of an island of {accelerator.island}, "
+            f"{in_bytes(accelerator.network)}/s beyond"
+        )
     lines = [
         f"The program is {plan.compiled_for}.",
         f"A device ({accelerator.names[0]}) has {_short(accelerator.flops)}FLOP/s, "
-        f"{in_bytes(accelerator.bandwidth)}/s of memory, {in_bytes(accelerator.link)}/s to others of an island of "
-        f"{accelerator.island}, {in_bytes(accelerator.network)}/s beyond. Source: {accelerator.source}.",
+        f"{in_bytes(accelerator.bandwidth)}/s of memory{links}. Source: {accelerator.source}.",
         f"Of that are reached {efficiency.products:.0%} of the products, {efficiency.memory:.0%} of the memory's "
         f"bandwidth, {efficiency.links:.0%} of links and network; an operation takes {efficiency.overhead * 1e6:g} us "
         "to start. Nothing overlaps.",
