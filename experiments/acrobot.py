@@ -26,6 +26,15 @@ class Config:
     dqn: ControlDQN = field(default_factory=lambda: ControlDQN(environment_steps=80_000))
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all methods, as shapes."""
+    from experiments.stages.control_compare import make_jobs
+    from experiments.stages.control_programs import programs_of_jobs
+    from rlhfjax.environments import acrobot
+
+    return programs_of_jobs(make_jobs(acrobot(), config, mesh), most_steps=500)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages.control_compare import compare

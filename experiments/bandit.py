@@ -51,6 +51,15 @@ class Config:
     )
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all methods, as shapes."""
+    from experiments.stages.control_compare import make_jobs
+    from experiments.stages.control_programs import programs_of_jobs
+    from rlhfjax.environments import bandit
+
+    return programs_of_jobs(make_jobs(bandit(config.mean, config.stddev), config, mesh), most_steps=1)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages.control_compare import compare

@@ -26,6 +26,15 @@ class Config:
     dqn: ControlDQN = field(default_factory=ControlDQN)
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all methods, as shapes."""
+    from experiments.stages.control_compare import make_jobs
+    from experiments.stages.control_programs import programs_of_jobs
+    from rlhfjax.environments import cart_pole
+
+    return programs_of_jobs(make_jobs(cart_pole(), config, mesh), most_steps=500)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages import control_scenes

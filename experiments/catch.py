@@ -30,6 +30,17 @@ class Config:
     dqn: ControlDQN = field(default_factory=lambda: ControlDQN(environment_steps=20_000, epsilon_end=0.0))
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all methods, as shapes."""
+    from experiments.stages.control_compare import make_jobs
+    from experiments.stages.control_programs import programs_of_jobs
+    from rlhfjax.environments import catch
+
+    return programs_of_jobs(
+        make_jobs(catch(config.rows, config.columns), config, mesh), most_steps=config.rows
+    )
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages.control_compare import compare

@@ -32,6 +32,16 @@ class Config:
     sarsa learns the safe path along the upper rim, which is best for one who stumbles that often."""
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all methods, as shapes."""
+    from experiments.stages.control_programs import programs_of_jobs
+    from experiments.stages.control_tables import EXACT, make_jobs
+    from rlhfjax.environments import cliff_walking
+
+    env = cliff_walking(slippery=config.slippery, limit=config.limit)
+    return programs_of_jobs(make_jobs(env, config, mesh), most_steps=config.limit, on_host=EXACT)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages.control_tables import Map, solve

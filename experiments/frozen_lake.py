@@ -31,13 +31,29 @@ class Config:
     """Its method is that of `algorithms`; q_lambda acts in one world, for as many steps."""
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all methods, as shapes."""
+    from experiments.stages.control_programs import programs_of_jobs
+    from experiments.stages.control_tables import EXACT, make_jobs
+    from rlhfjax.environments import frozen_lake
+
+    env = frozen_lake(_lake(config), slippery=config.slippery, limit=config.limit)
+    return programs_of_jobs(make_jobs(env, config, mesh), most_steps=config.limit, on_host=EXACT)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages.control_tables import Map, solve
     from rlhfjax.environments import frozen_lake
-    from rlhfjax.environments.grid import LAKE, LARGE_LAKE
 
-    layout = {SMALL: LAKE, LARGE: LARGE_LAKE}.get(config.lake, tuple(config.lake.split("/")))
+    layout = _lake(config)
     env = frozen_lake(layout, slippery=config.slippery, limit=config.limit)
     text = "The lake is slippery." if config.slippery else "The lake is not slippery."
     return solve("FrozenLake", env, Map(layout, "←↓→↑"), config, folder, most_steps=config.limit, text=text)
+
+
+def _lake(config: Config) -> tuple[str, ...]:
+    """Its rows of letters."""
+    from rlhfjax.environments.grid import LAKE, LARGE_LAKE
+
+    return {SMALL: LAKE, LARGE: LARGE_LAKE}.get(config.lake, tuple(config.lake.split("/")))

@@ -51,25 +51,41 @@ class Config:
 LOW, HIGH = (-1.2, -0.07), (0.6, 0.07)  # position and velocity
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all methods, as shapes."""
+    from experiments.stages.control_compare import make_jobs
+    from experiments.stages.control_programs import programs_of_jobs
+
+    env, seen = _worlds(config)
+    return programs_of_jobs(make_jobs(env, config, mesh, seen=seen), most_steps=200)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages.control_compare import compare
-    from experiments.stages.control_scenes import MOUNTAIN_CAR, of_binned, of_scaled
-    from experiments.stages.control_worlds import binned, scaled
-    from rlhfjax.environments import mountain_car
+    from experiments.stages.control_scenes import MOUNTAIN_CAR, of_scaled
 
-    env = mountain_car()
+    env, seen = _worlds(config)
     text = "Networks see position and velocity between -1 and 1; the table sees which cell of a grid they lie in."
     return compare(
         "MountainCar",
-        scaled(env, LOW, HIGH),
+        env,
         config,
         folder,
         most_steps=200,
         solved=config.solved,
         scene=of_scaled(MOUNTAIN_CAR, LOW, HIGH),
-        seen={
-            "tabular": (binned(env, LOW, HIGH, config.bins), of_binned(MOUNTAIN_CAR, LOW, HIGH, config.bins))
-        },
+        seen=seen,
         text=text,
     )
+
+
+def _worlds(config: Config):
+    """The world as networks see it; world and drawing as the table sees it, by name."""
+    from experiments.stages.control_scenes import MOUNTAIN_CAR, of_binned
+    from experiments.stages.control_worlds import binned, scaled
+    from rlhfjax.environments import mountain_car
+
+    env = mountain_car()
+    of_table = binned(env, LOW, HIGH, config.bins), of_binned(MOUNTAIN_CAR, LOW, HIGH, config.bins)
+    return scaled(env, LOW, HIGH), {"tabular": of_table}

@@ -64,6 +64,41 @@ class Plan(NamedTuple):
         """Iterations from one point to the next."""
         return max(1, self.iterations // self.points)
 
+    @property
+    def steps(self) -> int:
+        """Points of the curve, each a step of the stage."""
+        return self.iterations // self.point_iterations
+
+
+class Job(NamedTuple):
+    """A method, ready to be run in a world, or to be planned."""
+
+    name: str
+    training: Training
+    env: Environment
+    plan: Plan
+    layout: Layout
+
+
+class Programs(NamedTuple):
+    """What a stage compiles; jitted, for all seeds at once.
+
+    init() -> runs
+    advance(runs, number of the first iteration) -> (runs, metrics [R])
+        Donates the runs.
+    evaluate(runs, metrics [R], number of the point) -> metrics
+        Those of greedy games among them.
+    final_scores(runs) -> returns of whole greedy games [R, N]
+    one_game(runs) -> Trajectory
+        A greedy game of the first seed.
+    """
+
+    init: Callable[[], Any]
+    advance: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+    evaluate: Callable[[Any, dict[str, jax.Array], Any], dict[str, jax.Array]]
+    final_scores: Callable[[Any], jax.Array]
+    one_game: Callable[[Any], Any]
+
 
 class Outcome(NamedTuple):
     """What came out for one method."""
@@ -111,6 +146,74 @@ def make_training(name: str, env: Environment, config: Any, layout: Layout) -> T
     return TRAININGS[name](env, config, **split)
 
 
+def seed_keys(name: str, plan: Plan, seed: int) -> tuple[jax.Array, jax.Array]:
+    """Keys to train with, those of the method, and keys to play with, the same for all methods; [R] each."""
+    key_train, key_play = jax.random.split(jax.random.key(seed))
+    key_train = jax.random.fold_in(key_train, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+    train_R, play_R = (
+        jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(plan.seeds)) for key in (key_train, key_play)
+    )
+    return train_R, play_R
+
+
+def make_programs(
+    training: Training,
+    env: Environment,
+    plan: Plan,
+    keys: tuple[jax.Array, jax.Array],
+    layout: Layout,
+    *,
+    most_steps: int,
+) -> Programs:
+    """The programs of a stage; `keys` are those of `seed_keys`, `most_steps` those of an episode that is played."""
+    keys_R, play_keys_R = keys
+    last = 2**31 - 1  # no point of the curve has this number
+
+    def init_one(key: jax.Array):
+        return train(training, key, 0)[0]
+
+    def advance_one(run: Any, key: jax.Array, first: Any):
+        run, metrics = train(training, key, plan.point_iterations, run=run, first=first)
+        return run, _over_iterations(metrics)
+
+    def play_one(run: Any, key: jax.Array, i: Any, *, count: int) -> jax.Array:
+        key = jax.random.fold_in(key, i)
+        most = {"count": count, "most_steps": most_steps, "place": layout.place}
+        return play(env, training.policy(run), key, **most).score_B
+
+    def init():
+        return layout.laid(jax.vmap(init_one)(keys_R))
+
+    def advance(runs: Any, first: jax.Array):
+        runs, metrics = jax.vmap(advance_one, in_axes=(0, 0, None))(runs, keys_R, first)
+        return layout.laid(runs), metrics
+
+    def evaluate(runs: Any, metrics: dict[str, jax.Array], i: jax.Array):
+        def mean_one(run: Any, key: jax.Array) -> jax.Array:
+            return jnp.mean(play_one(run, key, i, count=plan.episodes))
+
+        return _over_seeds(metrics, jax.vmap(mean_one)(runs, play_keys_R))
+
+    def final_scores(runs: Any) -> jax.Array:
+        return jax.vmap(lambda run, key: play_one(run, key, last, count=plan.final_episodes))(
+            runs, play_keys_R
+        )
+
+    def one_game(runs: Any):
+        run = jax.tree.map(lambda x: x[0], runs)
+        key_start, key_roll = jax.random.split(jax.random.fold_in(play_keys_R[0], last - 1))
+        worlds = start(env, key_start, 1)
+        return rollout(env, training.policy(run), worlds, key_roll, steps=most_steps)[1]
+
+    return Programs(
+        jax.jit(init),
+        jax.jit(advance, donate_argnums=0),
+        jax.jit(evaluate),
+        jax.jit(final_scores),
+        jax.jit(one_game),
+    )
+
+
 def run_training(
     name: str,
     training: Training,
@@ -129,51 +232,26 @@ def run_training(
     metrics of on the host, at each point. Returns what came out, and what `look` sees at
     the end, as NumPy arrays with the seeds as first axis.
     """
-    key_train, key_play = jax.random.split(jax.random.key(folder.seed))
-    key_train = jax.random.fold_in(key_train, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-    keys, play_keys = (
-        jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(plan.seeds)) for key in (key_train, key_play)
-    )
-    most = {"count": plan.episodes, "most_steps": world.most_steps, "place": layout.place}
+    keys = seed_keys(name, plan, folder.seed)
+    programs = make_programs(training, world.env, plan, keys, layout, most_steps=world.most_steps)
     per_point = plan.point_iterations
-
-    def init_one(key: jax.Array):
-        return train(training, key, 0)[0]
-
-    def advance_one(run: Any, key: jax.Array, first: Any):
-        run, metrics = train(training, key, per_point, run=run, first=first)
-        return run, _over_iterations(metrics)
-
-    def play_one(run: Any, key: jax.Array, i: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(key, i)
-        return jnp.mean(play(world.env, training.policy(run), key, **most).score_B)
-
-    @partial(jax.jit, donate_argnums=0)
-    def advance(runs: Any, first: jax.Array):
-        runs, metrics = jax.vmap(advance_one, in_axes=(0, 0, None))(runs, keys, first)
-        return layout.laid(runs), metrics
-
-    @jax.jit
-    def evaluated(runs: Any, metrics: dict[str, jax.Array], i: jax.Array):
-        return _over_seeds(metrics, jax.vmap(play_one, in_axes=(0, 0, None))(runs, play_keys, i))
-
     looked = jax.jit(jax.vmap(look)) if look else lambda runs: ()
 
     def step(runs: Any, i: int):
         began = time.perf_counter()
-        runs, metrics = jax.block_until_ready(advance(runs, jnp.int32(i * per_point)))
+        runs, metrics = jax.block_until_ready(programs.advance(runs, jnp.int32(i * per_point)))
         seconds = time.perf_counter() - began
         # Waited for, lest two programs of several devices meet, see `run_stage`.
-        metrics, seen = jax.block_until_ready((evaluated(runs, metrics, jnp.int32(i)), looked(runs)))
+        metrics, seen = jax.block_until_ready((programs.evaluate(runs, metrics, jnp.int32(i)), looked(runs)))
         return runs, metrics | {"perf/train_seconds": np.float64(seconds)}, seen
 
     columns = {"episode/return": "return", "greedy/return": "greedy", "greedy/low": "lowest seed"}
     runs = run_stage(
         name,
         folder=folder,
-        init=lambda: jax.jit(lambda: layout.laid(jax.vmap(init_one)(keys)))(),
+        init=programs.init,
         step=step,
-        steps=plan.iterations // per_point,
+        steps=plan.steps,
         checkpoint_every=CHECKPOINT_EVERY,
         nullable=_unknown_at_times(plan.seeds),
         show=Show(columns=columns, measure=measure),
@@ -181,7 +259,7 @@ def run_training(
     games = run_once(
         f"{name}_games",
         folder=folder,
-        compute=lambda: _games(name, training, world, plan, runs, play_keys, layout),
+        compute=lambda: _games(name, programs, world, runs),
     )
     return _outcome(name, plan, folder, games), fetch(looked(runs))
 
@@ -234,24 +312,10 @@ def _over_seeds(metrics: dict[str, jax.Array], greedy_R: jax.Array) -> dict[str,
     return found
 
 
-def _games(
-    name: str, training: Training, world: World, plan: Plan, runs: Any, keys: jax.Array, layout: Layout
-):
+def _games(name: str, programs: Programs, world: World, runs: Any):
     """Returns of whole greedy episodes of every seed, and one game of the first, as `run_once` asks for it."""
-    last = 2**31 - 1  # no point of the curve has this number
-
-    def scores(run: Any, key: jax.Array) -> jax.Array:
-        most = {"count": plan.final_episodes, "most_steps": world.most_steps, "place": layout.place}
-        return play(world.env, training.policy(run), jax.random.fold_in(key, last), **most).score_B
-
-    def one_game(runs: Any):
-        run = jax.tree.map(lambda x: x[0], runs)
-        key_start, key_roll = jax.random.split(jax.random.fold_in(keys[0], last - 1))
-        worlds = start(world.env, key_start, 1)
-        return rollout(world.env, training.policy(run), worlds, key_roll, steps=world.most_steps)[1]
-
-    score_RN = fetch(jax.jit(jax.vmap(scores))(runs, keys))
-    steps = fetch(jax.jit(one_game)(runs))
+    score_RN = fetch(programs.final_scores(runs))
+    steps = fetch(programs.one_game(runs))
     ended_T = (steps.terminated | steps.truncated)[:, 0]
     length = int(np.argmax(ended_T)) + 1 if ended_T.any() else len(ended_T)
     game = np.concatenate([steps.observation[:length, 0], steps.next_observation[length - 1 : length, 0]])

@@ -8,7 +8,7 @@ from experiments.stages.control_layout import lay_out
 from experiments.stages.control_report import report
 from experiments.stages.control_scenes import Scene
 from rlhfjax.environments import Environment
-from rlhfjax.mesh import make_mesh
+from rlhfjax.mesh import Devices, make_mesh
 from rlhfjax.run_folder import RunFolder
 
 
@@ -38,17 +38,32 @@ def compare(
     Raises:
       ValueError: bad settings, before anything is run.
     """
+    jobs = make_jobs(env, config, make_mesh(folder.mesh), seen=seen)
+    found = []
+    for name, training, its_env, plan, layout in jobs:
+        its_scene = seen[name][1] if seen and name in seen else scene
+        world = control.World(title, its_env, most_steps, solved, its_scene.draw if its_scene else None)
+        outcome, _ = control.run_training(name, training, world, plan, folder, layout=layout)
+        found.append((outcome, its_scene))
+    return report(f"{title}, {config.seeds} seeds", solved, found, folder, text)
+
+
+def make_jobs(
+    env: Environment,
+    config: Any,
+    mesh: Devices,
+    *,
+    seen: Mapping[str, tuple[Environment, Scene]] | None = None,
+) -> list[control.Job]:
+    """The methods that `config.algorithms` names; the arguments are those of `compare`. ValueError on bad settings."""
     known = [name for name in control.TRAININGS if hasattr(config, name)]
-    mesh, jobs = make_mesh(folder.mesh), []
+    jobs = []
     for name in control.choose(config.algorithms, known):
         own = getattr(config, name)
-        its_env, its_scene = (seen or {}).get(name, (env, scene))
-        world = control.World(title, its_env, most_steps, solved, its_scene.draw if its_scene else None)
+        its_env = seen[name][0] if seen and name in seen else env
         plan = control.make_plan(config, own)
         layout = lay_out(mesh, name, config, own)
-        jobs.append((name, control.make_training(name, its_env, own, layout), world, plan, layout, its_scene))
-    found = [
-        (control.run_training(name, training, world, plan, folder, layout=layout)[0], its_scene)
-        for name, training, world, plan, layout, its_scene in jobs
-    ]
-    return report(f"{title}, {config.seeds} seeds", solved, found, folder, text)
+        jobs.append(
+            control.Job(name, control.make_training(name, its_env, own, layout), its_env, plan, layout)
+        )
+    return jobs

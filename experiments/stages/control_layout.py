@@ -11,7 +11,9 @@ import jax
 from rlhfjax import processes
 from rlhfjax.config import ControlTabular, Mesh
 from rlhfjax.mesh import Devices, check_rows, make_mesh, place_rows, row_parts, rows, whole
-from rlhfjax.recipes.control import Run, laid
+from rlhfjax.recipes.control import Run
+
+PyTree = Any
 
 
 class Layout(NamedTuple):
@@ -30,15 +32,20 @@ class Layout(NamedTuple):
         """`place` of the games of one run."""
         return place_rows(self.within)
 
+    def where(self, runs: Run) -> PyTree:
+        """Where each array of the runs lies, as shardings."""
+        if self.axis == 0:
+            return jax.tree.map(lambda _: rows(self.mesh), runs)
+        everywhere = jax.tree.map(lambda _: whole(self.mesh), runs)
+        if self.axis is None:
+            return everywhere
+        return everywhere._replace(worlds=jax.tree.map(lambda _: rows(self.mesh, 1), runs.worlds))
+
     def laid(self, runs: Run) -> Run:
         """The runs, where they belong; within a program."""
         if self.mesh.size == 1:
             return runs
-        if self.axis == 1:
-            return laid(self.mesh, runs, axis=1)
-        return jax.lax.with_sharding_constraint(
-            runs, whole(self.mesh) if self.axis is None else rows(self.mesh)
-        )
+        return jax.lax.with_sharding_constraint(runs, self.where(runs))
 
 
 def lay_out(mesh: Devices, name: str, config: Any, training: Any) -> Layout:

@@ -20,13 +20,14 @@ from rlhfjax.algorithms import tabular_q
 from rlhfjax.environments import Environment
 from rlhfjax.environments.grid import optimal_values
 from rlhfjax.figures import Bands, plot_bands
-from rlhfjax.mesh import make_mesh
+from rlhfjax.mesh import Devices, make_mesh
 from rlhfjax.recipes.control import Training
 from rlhfjax.recipes.tabular import control_tabular, optimality_gap, reachable_states
 from rlhfjax.report import Section, Table, markdown_table, write_report
 from rlhfjax.run_folder import RunFolder
 
 CLOSE = 1e-3  # a policy counts as optimal if no state loses more, in units of reward
+EXACT = "the exact value of every greedy policy"  # what is computed on the host, for `--dry-run`
 TRACELESS = 1e-9  # gaps below are rounding; drawn as this
 
 
@@ -87,20 +88,16 @@ def solve(
     `most_steps` of an episode that is shown or evaluated by playing. Raises ValueError on bad settings before anything
     is run.
     """
-    names = control.choose(config.algorithms, tabular_q.METHODS)
+    jobs = make_jobs(env, config, make_mesh(folder.mesh))
     discount = config.training.algorithm.discount
     best_S, best_SA = optimal_values(env.params, discount=discount)
     standing_S = reachable_states(env.params)
     start_S = np.asarray(env.params.start_S)
     world = control.World(title, env, most_steps, float("nan"), drawn.place)
-    mesh, jobs = make_mesh(folder.mesh), []
-    for name in names:
-        own = method_config(config.training, name)
-        plan = control.make_plan(config, own)
-        jobs.append((name, control_tabular(env, own), plan, lay_out(mesh, name, config, own)))
-    found = []
-    for name, training, plan, layout in jobs:
-        found.append(_learn(name, training, world, plan, folder, layout, best_S, standing_S, discount))
+    found = [
+        _learn(job.name, job.training, world, job.plan, folder, job.layout, best_S, standing_S, discount)
+        for job in jobs
+    ]
     results = _result_section(found, best_SA, standing_S)
     maps = _maps(drawn, found, best_SA, standing_S)
     print(f"\n{title}\n\n{markdown_table(results.table)}\n{maps}" if results.table else maps)
@@ -116,6 +113,16 @@ def solve(
         ],
     )
     return _summary(found, best_SA, standing_S)
+
+
+def make_jobs(env: Environment, config: Any, mesh: Devices) -> list[control.Job]:
+    """The methods that `config.algorithms` names. ValueError on bad settings."""
+    jobs = []
+    for name in control.choose(config.algorithms, tabular_q.METHODS):
+        own = method_config(config.training, name)
+        plan = control.make_plan(config, own)
+        jobs.append(control.Job(name, control_tabular(env, own), env, plan, lay_out(mesh, name, config, own)))
+    return jobs
 
 
 def method_config(config: Any, name: str) -> Any:
