@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from experiments.programs import Program
@@ -35,6 +36,7 @@ def dry_run(
     accelerator: str,
     devices: int,
     price: float | None,
+    stages: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
     """The plan of an experiment, as Markdown.
@@ -44,6 +46,7 @@ def dry_run(
       accelerator: a name or a file that `rlhfjax.accelerators.lookup` knows; "here": what JAX has, compiled for it.
       devices: how many of it; 0: as many as the layout names, at least 1.
       price: of a device, an hour; None: no cost is given.
+      stages: those to plan; empty: all.
       say: is told what is being compiled.
 
     Raises ValueError where the mesh cannot be laid over so many devices, or a batch not over the mesh.
@@ -53,12 +56,24 @@ def dry_run(
     chosen, target = _target(accelerator, devices)
     mesh = _mesh(layout, target, chosen.memory)
     with _traced_for(target.platform):
-        planned = [_planned(program, chosen, target, mesh, price, say) for program in build(mesh)]
-        if not planned:
-            raise ValueError(f"{title}: with these settings it compiles nothing to plan")
+        compiled = partial(_planned, chosen=chosen, target=target, mesh=mesh, price=price, say=say)
+        planned = [compiled(program) for program in _chosen(build(mesh), stages, title)]
         main = max(planned, key=lambda one: one.plan.seconds.total * one.program.runs)
-        largest = _largest_batch(main, chosen, target, mesh, price, say)
-    return "\n\n".join([_whole_run(title, planned, main, mesh), *_details(main, mesh, largest)]) + "\n"
+        largest = _largest_batch(main, mesh, compiled)
+        advice = _advice(main, mesh, compiled)
+    return "\n\n".join([_whole_run(title, planned, main, mesh), *_details(main, advice, largest)]) + "\n"
+
+
+def _chosen(programs: Sequence[Program], stages: Sequence[str], title: str) -> list[Program]:
+    there = {program.stage for program in programs}
+    if unknown := sorted(set(stages) - there):
+        raise ValueError(
+            f"--stages {' '.join(unknown)}: {title} has {', '.join(sorted(there)) or 'none to plan'}"
+        )
+    found = [program for program in programs if not stages or program.stage in stages]
+    if not found:
+        raise ValueError(f"{title}: with these settings it compiles nothing to plan")
+    return found
 
 
 def _target(name: str, count: int) -> tuple[Any, Any]:
@@ -145,7 +160,7 @@ def _of_depths(program: Program) -> str:
     return f", with {first} and with {second} of its {program.depth} layers, through which a straight line is laid"
 
 
-def _largest_batch(main: Planned, chosen: Any, target: Any, mesh: Any, price: float | None, say) -> str:
+def _largest_batch(main: Planned, mesh: Any, compiled: Callable[[Program], Planned]) -> str:
     """The largest number of rows that fits, in words, from what two batches need."""
     from rlhfjax import planner
     from rlhfjax.mesh import row_parts
@@ -153,7 +168,7 @@ def _largest_batch(main: Planned, chosen: Any, target: Any, mesh: Any, price: fl
     program = main.program
     if program.at is None:
         return ""
-    double = _planned(program.at(2 * program.rows), chosen, target, mesh, price, say)
+    double = compiled(program.at(2 * program.rows))
     needs = planner.line((program.rows, main.plan.usage.total), (2 * program.rows, double.plan.usage.total))
     most = planner.fit(needs, main.plan.memory, multiple=row_parts(mesh))
     if not most:
@@ -199,15 +214,24 @@ def _whole_run(title: str, planned: Sequence[Planned], main: Planned, mesh: Any)
     return "\n\n".join([*words, f"{total}. Not counted: {besides}."])
 
 
-def _details(main: Planned, mesh: Any, largest: str) -> list[str]:
-    """The plan of the program that takes longest, and advice."""
+def _advice(main: Planned, mesh: Any, compiled: Callable[[Program], Planned]) -> list[str]:
+    """What would make it fit, each change estimated or compiled; nothing where it fits."""
     from rlhfjax import planner
 
     plan, parts = main.plan, main.program.parts
-    savings = planner.estimated_savings(
-        plan.usage, parts.get("parameters", ()), fsdp=mesh.shape["fsdp"], reference=0.0
-    )
-    advice = planner.advice(plan.usage, plan.memory, savings)
+    if plan.fits:
+        return []
+    savings = planner.estimated_savings(plan.usage, parts.get("parameters", ()), fsdp=mesh.shape["fsdp"])
+    for flags, make in main.program.variants.items():
+        savings[flags] = plan.usage.total - compiled(make()).plan.usage.total
+    return planner.advice(plan.usage, plan.memory, savings)
+
+
+def _details(main: Planned, advice: Sequence[str], largest: str) -> list[str]:
+    """The plan of the program that takes longest, and advice."""
+    from rlhfjax import planner
+
+    plan = main.plan
     # One level below the title of the whole.
     described = planner.describe(replace(plan, title=f"{plan.title} (what takes longest)"), advice)
     return ["#" + described.strip(), *([largest] if largest else [])]

@@ -25,6 +25,8 @@ class Program:
     rows: int = 0  # of its batch; 0: it has none to vary
     at: Callable[[int], "Program"] | None = None  # the same program for another number of rows
     uncounted: str = ""  # what a step does besides, on the host
+    # Flags that would need less memory -> the same program with them.
+    variants: Mapping[str, Callable[[], "Program"]] = field(default_factory=dict)
     depth: int = 0  # equal layers; 0: not to be told from fewer
     shallow: Callable[[int], "Program"] | None = None  # the same program with so many layers
 

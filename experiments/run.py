@@ -77,6 +77,8 @@ class RunOptions:
     """For --dry-run: here, cpu, h100, a100-80g, v5e and others, or a YAML file that describes one."""
     devices: int = 0
     """For --dry-run: how many; 0: what --mesh says, at least 1."""
+    stages: tuple[str, ...] = ()
+    """For --dry-run: these stages only, such as ppo; empty: all."""
     price: float | None = None
     """For --dry-run: of a device, an hour."""
     list: Flag = False
@@ -183,6 +185,7 @@ def plan(name: str, module: ModuleType, config: Any, options: RunOptions) -> str
         accelerator=options.accelerator,
         devices=options.devices,
         price=options.price,
+        stages=options.stages,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
 

@@ -122,12 +122,12 @@ def programs_of_text(
         one = _sampling("evaluation", text, columns, evaluation.batch, evaluation.prompts)
         found.append(dataclasses.replace(one, runs=one.runs * of_policies))
     found = [dataclasses.replace(program, runs=program.runs * seeds) for program in found]
-    if layers is not None or any(text.lm.config.windows):
-        return found  # layers with windows are not all equal
+    if layers is not None:
+        return found
 
-    def with_layers(number: int, layers: int) -> Program:
+    def again(number: int, changed: TextConfig = config, layers: int | None = None) -> Program:
         return programs_of_text(
-            config,
+            changed,
             mesh,
             sft=sft,
             preferences=preferences,
@@ -140,10 +140,32 @@ def programs_of_text(
             layers=layers,
         )[number]
 
-    return [
-        dataclasses.replace(program, depth=text.lm.config.layers, shallow=partial(with_layers, number))
-        for number, program in enumerate(found)
-    ]
+    changes = {f"--text.completion-length {config.completion_length // 2}": _half_as_long(config)}
+    if config.remat != "block":
+        changes["--text.remat block"] = dataclasses.replace(config, remat="block")
+    depth = (
+        0 if any(text.lm.config.windows) else text.lm.config.layers
+    )  # layers with windows are not all equal
+
+    def told(number: int, program: Program) -> Program:
+        def at(rows: int) -> Program:
+            assert program.at is not None
+            shallow = lambda layers: again(number, layers=layers).at(rows)  # noqa: E731  # pyright: ignore
+            return dataclasses.replace(program.at(rows), depth=depth, shallow=shallow)
+
+        return dataclasses.replace(
+            program,
+            at=at,
+            depth=depth,
+            shallow=lambda layers: again(number, layers=layers),
+            variants={flags: partial(again, number, changed) for flags, changed in changes.items()},
+        )
+
+    return [told(number, program) for number, program in enumerate(found)]
+
+
+def _half_as_long(config: TextConfig) -> TextConfig:
+    return dataclasses.replace(config, completion_length=max(1, config.completion_length // 2))
 
 
 def _named(config: TextConfig) -> str | Path:
