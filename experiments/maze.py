@@ -34,24 +34,39 @@ class Config(Learning):
     )
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages, as shapes."""
+    from experiments.stages.game_programs import programs_of_games
+
+    return programs_of_games(config, _task(config), mesh)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     import numpy as np
 
     from experiments.stages.game_report import solve
-    from experiments.stages.games import Task
     from rlhfjax.environments.grid import optimal_values
-    from rlhfjax.environments.text import maze_player, maze_score, maze_table, maze_world
+    from rlhfjax.environments.text import maze_player, maze_score, maze_table
 
-    world = maze_world(observed=config.observed, turns=config.turns)
+    task = _task(config)
     best_SA = np.eye(4)[np.argmax(optimal_values(maze_table(), discount=1.0)[1], axis=1)]
     uniform = maze_score(np.full(best_SA.shape, 0.25), turns=config.turns)
     return solve(
         "The double-T maze in words",
         config,
-        Task(world, maze_player(world, random=config.random), config.memory, config.piece),
+        task,
         folder,
         optimum=maze_score(best_SA, turns=config.turns),
-        players={"random moves": maze_player(world, random=1.0)},
+        players={"random moves": maze_player(task.world, random=1.0)},
         text=f"Of the uniform player the exact score is {uniform:.4g}.",
     )
+
+
+def _task(config: Config):
+    """The maze, and who played the games to learn from."""
+    from experiments.stages.games import Task
+    from rlhfjax.environments.text import maze_player, maze_world
+
+    world = maze_world(observed=config.observed, turns=config.turns)
+    return Task(world, maze_player(world, random=config.random), config.memory, config.piece)

@@ -42,10 +42,42 @@ class Config:
     """AdamW for embeddings and norms, Muon for the rest."""
 
 
+def plan(config: Config, mesh) -> list:
+    """The program of an update, as shapes; for a tokenizer of `vocab_size` tokens."""
+    import jax
+    import jax.numpy as jnp
+
+    from experiments.programs import Program, key_shape, row_shapes, state_shapes
+    from rlhfjax.algorithms import sft
+    from rlhfjax.mesh import check_rows
+    from rlhfjax.recipes import PackedInputs
+
+    check_rows(mesh, config.rows, what="batch (--rows)")
+    _, lm, algorithm, update = _learner(config, config.vocab_size, mesh)
+    state = state_shapes(mesh, lambda key: algorithm.init(lm.init(key)), jax.random.key(0))
+
+    def at(rows: int) -> Program:
+        number, weight = (
+            jax.ShapeDtypeStruct((rows, config.length), dtype) for dtype in (jnp.int32, jnp.float32)
+        )
+        batch = row_shapes(mesh, sft.Batch(PackedInputs(*(number,) * 4), weight))
+        return Program(
+            stage="pretrain",
+            name="update",
+            function=update,
+            arguments=(state, batch, key_shape(mesh)),
+            runs=config.steps,
+            parts={"parameters": state.params, "optimiser": state.opt_state, "batch": batch},
+            rows=rows,
+            at=at,
+            uncounted="training the tokenizer",
+        )
+
+    return [at(config.rows)]
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Trains the base model and writes RUN/model; returns the final numbers."""
-    import dataclasses
-
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -54,13 +86,12 @@ def run(config: Config, folder) -> dict[str, float]:
     from experiments.loop import Show, run_stage
     from experiments.stages.export import on_first_process
     from rlhfjax import processes
-    from rlhfjax.algorithms import evaluation_params, make_optimizer, sft
-    from rlhfjax.config import SFT
+    from rlhfjax.algorithms import evaluation_params, sft
     from rlhfjax.data import BPETokenizer, read_jsonl, train_bpe
-    from rlhfjax.mesh import activations, init_on, kept, make_mesh, put, put_rows
-    from rlhfjax.networks import decoder, with_induction_heads
+    from rlhfjax.mesh import init_on, make_mesh, put, put_rows
+    from rlhfjax.networks import with_induction_heads
     from rlhfjax.pretrained import save_pretrained
-    from rlhfjax.recipes import PackedInputs, packed_logp
+    from rlhfjax.recipes import PackedInputs
 
     rows = read_jsonl(asset(config.data), required=("document", "summary"))
     train = [row for row in rows if row["split"] == "train"]
@@ -81,11 +112,8 @@ def run(config: Config, folder) -> dict[str, float]:
             f"{config.data}: {len(documents)} training documents of 8 tokens or more, length {config.length}; "
             "at least one is needed, and a length of at least 50"
         )
-    shape = dataclasses.replace(config.decoder, vocab_size=tokenizer.vocab_size)
     mesh = make_mesh(folder.mesh)
-    lm = decoder(shape, place=activations(mesh))
-    algorithm = sft.make(packed_logp(lm), make_optimizer(config.optimizer, config.steps), SFT())
-    update = jax.jit(kept(mesh, algorithm.update), donate_argnums=0)
+    shape, lm, algorithm, update = _learner(config, tokenizer.vocab_size, mesh)
     key_init, key_circuit, key_update = jax.random.split(jax.random.key(folder.seed), 3)
 
     def init():
@@ -127,6 +155,24 @@ def run(config: Config, folder) -> dict[str, float]:
         "megabytes": size / 1e6,
         "loss": float(np.mean([row["loss/nll"] for row in last])),
     }
+
+
+def _learner(config: Config, vocab_size: int, mesh):
+    """(shape of the model, model, algorithm, its update compiled for the mesh)."""
+    import dataclasses
+
+    import jax
+
+    from rlhfjax.algorithms import make_optimizer, sft
+    from rlhfjax.config import SFT
+    from rlhfjax.mesh import activations, kept
+    from rlhfjax.networks import decoder
+    from rlhfjax.recipes import packed_logp
+
+    shape = dataclasses.replace(config.decoder, vocab_size=vocab_size)
+    lm = decoder(shape, place=activations(mesh))
+    algorithm = sft.make(packed_logp(lm), make_optimizer(config.optimizer, config.steps), SFT())
+    return shape, lm, algorithm, jax.jit(kept(mesh, algorithm.update), donate_argnums=0)
 
 
 def _document_row(rng, length, documents, sep, eos):

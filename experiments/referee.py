@@ -59,6 +59,28 @@ class Config:
     """Peak step size for them: small, so that the turn is seen."""
 
 
+def plan(config: Config, mesh) -> list:
+    """The runs of all methods, as shapes: on every device the same."""
+    import jax
+    import jax.numpy as jnp
+
+    from experiments.programs import Program, whole_shapes
+    from experiments.stages import referees
+
+    _check(config)
+    return [
+        Program(
+            stage=name,
+            name="a whole run",
+            function=trial.train,
+            arguments=(whole_shapes(mesh, jax.ShapeDtypeStruct((len(trial.betas),), jnp.float32)),),
+            runs=1,
+            uncounted="the exact answers, the estimators, judgements and the overfit",
+        )
+        for name, trial in referees.trials(config, jax.random.key(0), None).items()
+    ]
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     import jax
@@ -67,11 +89,7 @@ def run(config: Config, folder) -> dict[str, float]:
     from experiments.stages import hard_labels, referees
     from rlhfjax.report import markdown_table, write_report
 
-    if config.transformer.vocab_size != config.model.vocab_size:
-        raise ValueError(
-            f"transformer.vocab_size ({config.transformer.vocab_size}) must be model.vocab_size "
-            f"({config.model.vocab_size}): the policy's tokens are the model's"
-        )
+    _check(config)
     key = jax.random.key(folder.seed)
     rows, summary = [], {}
     for name, trial in referees.trials(config, key, folder.max_steps).items():
@@ -95,3 +113,11 @@ def run(config: Config, folder) -> dict[str, float]:
     write_report(folder.path, f"The referee, seed {folder.seed}", sections)
     summary["dpo/error_exponent"] = float(noise["exponent"])
     return summary | {f"overfit/{name}": float(overfit[name]) for name in overfit if overfit[name].ndim == 0}
+
+
+def _check(config: Config) -> None:
+    if config.transformer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"transformer.vocab_size ({config.transformer.vocab_size}) must be model.vocab_size "
+            f"({config.model.vocab_size}): the policy's tokens are the model's"
+        )

@@ -31,19 +31,34 @@ class Config(Learning):
     dqn: ValueStage = field(default_factory=lambda: value_stage("max", polyak=0.1, betas=(8.0, 32.0)))
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages, as shapes."""
+    from experiments.stages.game_programs import programs_of_games
+
+    return programs_of_games(config, _task(config), mesh)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages.game_report import solve
+    from rlhfjax.environments.text import star_graph_player
+
+    task = _task(config)
+    return solve(
+        f"Star graphs of {config.paths} paths of {config.length}",
+        config,
+        task,
+        folder,
+        optimum=1.0,
+        players={"any path": star_graph_player(task.world, smart=0.0)},
+        text="A game scores 1 if the path that is named leads to the goal.",
+    )
+
+
+def _task(config: Config):
+    """The graphs, and who played the games to learn from."""
     from experiments.stages.games import Task
     from rlhfjax.environments.text import star_graph_player, star_graph_world
 
     world = star_graph_world(paths=config.paths, length=config.length, nodes=config.nodes)
-    return solve(
-        f"Star graphs of {config.paths} paths of {config.length}",
-        config,
-        Task(world, star_graph_player(world, smart=config.smart)),
-        folder,
-        optimum=1.0,
-        players={"any path": star_graph_player(world, smart=0.0)},
-        text="A game scores 1 if the path that is named leads to the goal.",
-    )
+    return Task(world, star_graph_player(world, smart=config.smart))

@@ -28,6 +28,17 @@ class Config:
     )
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages, as shapes."""
+    from experiments.stages.many import make_grid
+    from experiments.stages.many_programs import program_of_runs
+    from experiments.stages.text_programs import programs_of_text, text_of_shapes
+
+    grid = make_grid(config.ppo, config.vary, config.seeds, 0)
+    tuning = programs_of_text(config.text, mesh, sft=config.sft, policies={})
+    return [*tuning, program_of_runs("ppo", config.ppo, text_of_shapes(config.text, mesh), grid)]
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages; returns the numbers of summary.json."""
     from experiments.stages import finetune, many, policy, text

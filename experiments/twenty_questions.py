@@ -29,22 +29,24 @@ class Config(Learning):
     )
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages, as shapes."""
+    from experiments.stages.game_programs import programs_of_games
+
+    return programs_of_games(config, _task(config), mesh)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages.game_report import known_or_none, solve
-    from experiments.stages.games import Task
-    from rlhfjax.environments.text import (
-        everyday_things,
-        twenty_questions_optimum,
-        twenty_questions_player,
-        twenty_questions_world,
-    )
+    from rlhfjax.environments.text import twenty_questions_optimum, twenty_questions_player
 
-    world = twenty_questions_world(everyday_things(config.things), turns=config.turns)
+    task = _task(config)
+    world = task.world
     return solve(
         f"Twenty questions about {config.things} things",
         config,
-        Task(world, twenty_questions_player(world, smart=config.smart), config.memory),
+        task,
         folder,
         optimum=known_or_none(twenty_questions_optimum, world),
         players={
@@ -53,3 +55,16 @@ def run(config: Config, folder) -> dict[str, float]:
         },
         text="A game scores minus its questions, but for the one that names the thing.",
     )
+
+
+def _task(config: Config):
+    """The game, and who played the games to learn from."""
+    from experiments.stages.games import Task
+    from rlhfjax.environments.text import (
+        everyday_things,
+        twenty_questions_player,
+        twenty_questions_world,
+    )
+
+    world = twenty_questions_world(everyday_things(config.things), turns=config.turns)
+    return Task(world, twenty_questions_player(world, smart=config.smart), config.memory)

@@ -23,27 +23,24 @@ class Config(Learning):
     """Turns that attention reaches back over; None: all."""
 
 
+def plan(config: Config, mesh) -> list:
+    """The programs of all stages, as shapes."""
+    from experiments.stages.game_programs import programs_of_games
+
+    return programs_of_games(config, _task(config), mesh)
+
+
 def run(config: Config, folder) -> dict[str, float]:
     """Runs everything; returns the numbers of summary.json."""
     from experiments.stages.game_report import known_or_none, solve
-    from experiments.stages.games import Task
-    from rlhfjax.environments.text import (
-        five_letter_words,
-        nonsense_words,
-        wordle_optimum,
-        wordle_player,
-        wordle_world,
-    )
+    from rlhfjax.environments.text import wordle_optimum, wordle_player
 
-    if config.letters == 5:
-        words = five_letter_words(config.words)
-    else:
-        words = nonsense_words(config.words, letters=config.letters, alphabet=config.alphabet)
-    world = wordle_world(words, tries=config.tries)
+    task = _task(config)
+    world = task.world
     return solve(
         f"Wordle, {config.words} words of {config.letters} letters",
         config,
-        Task(world, wordle_player(world, smart=config.smart), config.memory),
+        task,
         folder,
         optimum=known_or_none(wordle_optimum, world),
         players={
@@ -52,3 +49,16 @@ def run(config: Config, folder) -> dict[str, float]:
         },
         text="A game scores minus its misses.",
     )
+
+
+def _task(config: Config):
+    """The game, and who played the games to learn from."""
+    from experiments.stages.games import Task
+    from rlhfjax.environments.text import five_letter_words, nonsense_words, wordle_player, wordle_world
+
+    if config.letters == 5:
+        words = five_letter_words(config.words)
+    else:
+        words = nonsense_words(config.words, letters=config.letters, alphabet=config.alphabet)
+    world = wordle_world(words, tries=config.tries)
+    return Task(world, wordle_player(world, smart=config.smart), config.memory)

@@ -30,6 +30,7 @@ from rlhfjax.mesh import (
     make_mesh,
     place_rows,
     put,
+    whole,
 )
 from rlhfjax.networks import LanguageModel, decoder
 from rlhfjax.ops import discounted_returns
@@ -75,10 +76,10 @@ class Method(NamedTuple):
     algorithm: Algorithm
     lm: LanguageModel  # of its policies
     as_batch: Callable[[Any, ilql.Episodes], Any]  # (frozen, episodes) -> the algorithm's batch
-    params: Any
+    start: Callable[[dict], Any]  # from the clone's params to those that training starts from
     policies: Callable[[Any], list[Policy]]  # of the trained params; the last one is tried out on the way
     column: str  # the loss that is shown
-    frozen: Any = ()  # params that the batch is made with, and that stay as they are
+    keeps_clone: bool = False  # whether the batch is made with the clone, which is then `frozen`, else ()
 
 
 class Outcome(NamedTuple):
@@ -109,8 +110,7 @@ def collect(task: Task, count: int, folder: RunFolder) -> Conversation:
     """Games of the demonstrator: NumPy, no longer than the longest of them."""
 
     def compute():
-        place = place_rows(make_mesh(folder.mesh))
-        converses = jax.jit(lambda key: converse(task.world, task.demonstrator, key, count, place=place))
+        converses = scripted_games(task.world, task.demonstrator, count, make_mesh(folder.mesh))
         games = fetch(converses(_key(folder, "data")))
         longest = int(games.mask_BN.sum(axis=1).max())
         games = games._replace(
@@ -125,30 +125,59 @@ def collect(task: Task, count: int, folder: RunFolder) -> Conversation:
     return Conversation(**stored)
 
 
-def learn(
-    name: str, method: Method, games: Conversation, task: Task, stage: Any, play: Play, folder: RunFolder
-):
-    """Trains by `method` on `games` in the stage `name`; returns the params.
+def scripted_games(world: TextWorld, one: Player, count: int, mesh: Devices):
+    """Compiled games of a scripted player: `key -> Conversation`."""
+    place = place_rows(mesh)
+    return jax.jit(lambda key: converse(world, one, key, count, place=place))
 
-    A step of the stage is as many updates as lie between two points of the curve, one compiled program, then games of
-    the last of the method's policies.
-    """
-    episodes = jax.tree.map(jnp.asarray, game_episodes(cut_games(games, task.piece) if task.piece else games))
-    rows, per_point = episodes.mask.shape[0], max(1, stage.steps // play.points)
-    key, key_play = _key(folder, name), _key(folder, "play")
-    mesh = make_mesh(folder.mesh)
-    place, games_of, frozen = place_rows(mesh), player(method.lm, task, play.games, mesh), method.frozen
 
-    def advance(state, frozen, first):
+def course(stage: Any, play: Play) -> tuple[int, int]:
+    """(points of the learning curve, updates from one to the next)."""
+    per_point = max(1, stage.steps // play.points)
+    return max(1, stage.steps // per_point), per_point
+
+
+def make_updates(method: Method, stage: Any, play: Play, mesh: Devices, key: jax.Array):
+    """The updates up to the next point of the curve, compiled: (state, frozen, episodes, number of the first update) ->
+    (state, metrics), which donates the state. Every batch is drawn from the rows of `episodes`."""
+    place, (_, per_point) = place_rows(mesh), course(stage, play)
+
+    def advance(state: Any, frozen: Any, episodes: ilql.Episodes, first: jax.Array):
         def update(state, key):
             key_batch, key_update = jax.random.split(key)
-            index_B = jax.random.randint(key_batch, (stage.batch,), 0, rows)
+            index_B = jax.random.randint(key_batch, (stage.batch,), 0, episodes.mask.shape[0])
             batch = method.as_batch(frozen, place(jax.tree.map(lambda x: x[index_B], episodes)))
             return kept(mesh, method.algorithm.update)(state, batch, key_update)
 
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first + jnp.arange(per_point))
         state, metrics = jax.lax.scan(update, state, keys)
         return state, jax.tree.map(jnp.mean, metrics)
+
+    return jax.jit(kept(mesh, advance), donate_argnums=0)
+
+
+def learn(
+    name: str,
+    method: Method,
+    cloned: dict,
+    games: Conversation,
+    task: Task,
+    stage: Any,
+    play: Play,
+    folder: RunFolder,
+):
+    """Trains by `method` from the params `cloned` on `games` in the stage `name`; returns the params.
+
+    A step of the stage is as many updates as lie between two points of the curve, one compiled program, then games of
+    the last of the method's policies.
+    """
+    mesh, (points, per_point) = make_mesh(folder.mesh), course(stage, play)
+    episodes = jax.tree.map(jnp.asarray, game_episodes(cut_games(games, task.piece) if task.piece else games))
+    if mesh.size > 1:  # every device draws rows from all of them
+        episodes = jax.jit(lambda x: x, out_shardings=whole(mesh))(episodes)
+    frozen = cloned if method.keeps_clone else ()
+    advance = make_updates(method, stage, play, mesh, _key(folder, name))
+    games_of, key_play = player(method.lm, task, play.games, mesh), _key(folder, "play")
 
     @jax.jit
     def try_out(params):
@@ -158,11 +187,9 @@ def learn(
             "game/won": jnp.mean(played.success_B, dtype=jnp.float32),
         }
 
-    advance = jax.jit(kept(mesh, advance), donate_argnums=0)
-
     def step(state, i: int):
         # Waited for, lest two programs of several devices meet, see `run_stage`.
-        state, metrics = jax.block_until_ready(advance(state, frozen, jnp.int32(i * per_point)))
+        state, metrics = jax.block_until_ready(advance(state, frozen, episodes, jnp.int32(i * per_point)))
         played = jax.block_until_ready(try_out(method.policies(state.params)[-1].params))
         return state, metrics | played | {"updates": jnp.int32((i + 1) * per_point)}
 
@@ -170,9 +197,11 @@ def learn(
     state = run_stage(
         name,
         folder=folder,
-        init=lambda: init_on(mesh, method.algorithm.init, jax.tree.map(jnp.array, put(mesh, method.params))),
+        init=lambda: init_on(
+            mesh, method.algorithm.init, jax.tree.map(jnp.array, put(mesh, method.start(cloned)))
+        ),
         step=step,
-        steps=max(1, stage.steps // per_point),
+        steps=points,
         checkpoint_every=1,
         show=Show(columns=columns, every=1),
     )
@@ -218,19 +247,17 @@ def scripted(
     players: Mapping[str, Player], task: Task, play: Play, folder: RunFolder
 ) -> dict[str, np.ndarray]:
     """Scores of scripted players in the worlds that policies are evaluated in, [G] each."""
-    key, place = _key(folder, "evaluation"), place_rows(make_mesh(folder.mesh))
-
-    def scores(one: Player) -> np.ndarray:
-        play_all = jax.jit(lambda key: converse(task.world, one, key, play.final_games, place=place).score_B)
-        return fetch(play_all(key))
-
-    return {name: scores(one) for name, one in players.items()}
+    key, mesh = _key(folder, "evaluation"), make_mesh(folder.mesh)
+    return {
+        name: fetch(scripted_games(task.world, one, play.final_games, mesh)(key).score_B)
+        for name, one in players.items()
+    }
 
 
 # ---- methods
 
 
-def clone(name: str, lm: LanguageModel, params: dict, stage: CloneStage, task: Task) -> Method:
+def clone(name: str, lm: LanguageModel, stage: CloneStage, task: Task) -> Method:
     """Behaviour cloning of all that the agent says in the games."""
     states = functools.partial(turn_states, memory=task.memory)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
@@ -240,24 +267,27 @@ def clone(name: str, lm: LanguageModel, params: dict, stage: CloneStage, task: T
         del frozen
         return sft.Batch(episodes.inputs, episodes.mask.astype(jnp.float32))
 
-    return Method(algorithm, lm, as_batch, params, lambda params: [Policy(name, lm, params)], "loss/nll")
+    return Method(
+        algorithm, lm, as_batch, lambda cloned: cloned, lambda params: [Policy(name, lm, params)], "loss/nll"
+    )
 
 
-def values(
-    name: str, lm: LanguageModel, cloned: dict, stage: ValueStage, task: Task, key: jax.Array
-) -> Method:
+def values(name: str, lm: LanguageModel, stage: ValueStage, task: Task, key: jax.Array) -> Method:
     """Values of the agent's tokens on a trunk that starts as the clone's; the clone is guided by them."""
     config = stage.algorithm
     of_returns = config.bootstrap == "returns"
-    params = init_text_values(
-        key,
-        lm,
-        cloned,
-        heads=1 if of_returns else 2,
-        state_value=config.expectile is not None,
-        scale=stage.scale,
-        bias=stage.bias,
-    )
+
+    def start(cloned: dict) -> Any:
+        return init_text_values(
+            key,
+            lm,
+            cloned,
+            heads=1 if of_returns else 2,
+            state_value=stage.algorithm.expectile is not None,
+            scale=stage.scale,
+            bias=stage.bias,
+        )
+
     if of_returns:
         config = replace(config, discount=0.0)  # `returned` has put the returns in the rewards' place
     found = text_values(lm, states=functools.partial(turn_states, memory=task.memory))
@@ -272,10 +302,10 @@ def values(
     def policies(params: dict) -> list[Policy]:
         return [Policy(f"{name}, beta {b:g}", model, guide_params(params, b)) for b in stage.betas]
 
-    return Method(algorithm, model, as_batch, params, policies, "loss/q")
+    return Method(algorithm, model, as_batch, start, policies, "loss/q")
 
 
-def soft(name: str, lm: LanguageModel, cloned: dict, stage: SoftStage, task: Task) -> Method:
+def soft(name: str, lm: LanguageModel, stage: SoftStage, task: Task) -> Method:
     """Soft Q-learning from the clone, which is its reference."""
     states = functools.partial(turn_states, memory=task.memory)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
@@ -283,8 +313,24 @@ def soft(name: str, lm: LanguageModel, cloned: dict, stage: SoftStage, task: Tas
     as_batch = functools.partial(soft_batch, lm, states=states)
     label = f"{name}, beta {stage.algorithm.beta:g}"
     return Method(
-        algorithm, lm, as_batch, cloned, lambda params: [Policy(label, lm, params)], "loss/total", cloned
+        algorithm,
+        lm,
+        as_batch,
+        lambda cloned: cloned,
+        lambda params: [Policy(label, lm, params)],
+        "loss/total",
+        keeps_clone=True,
     )
+
+
+def make_method(name: str, config: Any, lm: LanguageModel, task: Task, key: jax.Array) -> Method:
+    """The method of that name, of `METHODS`, by `config`'s section; `key` is for values."""
+    stage = getattr(config, name)
+    if name in VALUE_METHODS:
+        return values(name, lm, stage, task, key)
+    if name == "soft_q":
+        return soft(name, lm, stage, task)
+    return clone(f"best {config.best_fraction:.0%} cloned" if name == "best" else name, lm, stage, task)
 
 
 def returned(games: Conversation, discount: float) -> Conversation:
@@ -307,24 +353,20 @@ def learn_all(names: Sequence[str], config: Any, task: Task, games: Conversation
     key_clone, key_values = jax.random.split(_key(folder, "networks"))
     policies: list[Policy] = []
 
-    def run(name: str, method: Method, data: Conversation, stage: Any) -> Any:
-        params = learn(name, method, data, task, stage, config.play, folder)
+    def run(name: str, cloned: dict) -> Any:
+        method, stage, data = make_method(name, config, lm, task, key_values), getattr(config, name), games
+        if name == "best":
+            data = best_games(games, config.best_fraction)
+        elif name in VALUE_METHODS and stage.algorithm.bootstrap == "returns":
+            data = returned(games, stage.algorithm.discount)
+        params = learn(name, method, cloned, data, task, stage, config.play, folder)
         policies.extend(method.policies(params) if name in names else [])
         return params
 
-    cloned = run("clone", clone("clone", lm, lm.init(key_clone), config.clone, task), games, config.clone)
+    cloned = run("clone", lm.init(key_clone))
     for name in names:
-        if name == "best":
-            kept = best_games(games, config.best_fraction)
-            label = f"best {config.best_fraction:.0%} cloned"
-            run(name, clone(label, lm, cloned, config.best, task), kept, config.best)
-        elif name in VALUE_METHODS:
-            stage = getattr(config, name)
-            returns = stage.algorithm.bootstrap == "returns"
-            data = returned(games, stage.algorithm.discount) if returns else games
-            run(name, values(name, lm, cloned, stage, task, key_values), data, stage)
-        elif name == "soft_q":
-            run(name, soft(name, lm, cloned, config.soft_q, task), games, config.soft_q)
+        if name != "clone":
+            run(name, cloned)
     return policies
 
 

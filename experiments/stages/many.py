@@ -103,23 +103,32 @@ def with_values(config: Any, names: Sequence[str], values: Iterable[Any]) -> Any
     return config
 
 
-def optimise_policies(
-    name: str,
+class Programs(NamedTuple):
+    """What the stage compiles of its runs.
+
+    init(params that a run starts from) -> states [R, ...]
+    iterate(states, frozen, prompts [R, B, ...], number of the step) -> (states, metrics, seen)
+        Donates the states. `seen`: of every run the numbers of its prompts, and what was generated.
+    """
+
+    init: Callable[[dict], Any]
+    iterate: Callable[..., tuple[Any, dict[str, jax.Array], Any]]
+
+
+def make_programs(
     config: PPOStage,
     make_learner: Callable[[LanguageModel, PPOStage], Learner],
     problem: Problem,
     grid: Grid,
-    folder: RunFolder,
-) -> None:
-    """Runs the stage `name`: all runs of the grid from one reference, each step one program.
-
-    A run draws the prompts and keys that it would draw alone with its seed.
-    """
-    text, examples, rows = problem.text, problem.examples, problem.rows
-    frozen = Frozen(problem.reference, problem.reward_params)
+) -> Programs:
+    """The programs of all runs of the grid."""
+    text = problem.text
 
     def init_one(value_H: jax.Array, params: dict):
         return make_learner(text.lm, with_values(config, grid.names, value_H)).algorithm.init(params)
+
+    def init(params: dict):
+        return jax.vmap(init_one, (0, None))(jnp.asarray(grid.value_RH), params)
 
     def iteration(lm: LanguageModel):
         def one(frozen: Frozen, i: jax.Array, state: Any, value_H: jax.Array, seed: jax.Array, prompts):
@@ -139,7 +148,24 @@ def optimise_policies(
 
         return iterate
 
-    iterate = text.jit(iteration, donate_argnums=(0,))
+    return Programs(jax.jit(init), text.jit(iteration, donate_argnums=(0,)))
+
+
+def optimise_policies(
+    name: str,
+    config: PPOStage,
+    make_learner: Callable[[LanguageModel, PPOStage], Learner],
+    problem: Problem,
+    grid: Grid,
+    folder: RunFolder,
+) -> None:
+    """Runs the stage `name`: all runs of the grid from one reference, each step one program.
+
+    A run draws the prompts and keys that it would draw alone with its seed.
+    """
+    text, examples, rows = problem.text, problem.examples, problem.rows
+    frozen = Frozen(problem.reference, problem.reward_params)
+    programs = make_programs(config, make_learner, problem, grid)
 
     # The rows of each run lie as those of one alone.
     stack = jax.jit(
@@ -149,7 +175,7 @@ def optimise_policies(
 
     def init():
         params = put(text.mesh, make_learner(text.lm, config).params)
-        return init_on(text.mesh, jax.jit(jax.vmap(init_one, (0, None))), jnp.asarray(grid.value_RH), params)
+        return init_on(text.mesh, programs.init, params)
 
     def batch(step: int) -> Prompts:
         one_of = {
@@ -159,7 +185,7 @@ def optimise_policies(
         return stack([one_of[seed] for seed in grid.seed_R.tolist()])
 
     def step(state_R, prompts_R: Prompts, i: int):
-        return iterate(state_R, frozen, prompts_R, jnp.int32(i))
+        return programs.iterate(state_R, frozen, prompts_R, jnp.int32(i))
 
     def measure(i: int, seen) -> dict[str, float]:
         del i

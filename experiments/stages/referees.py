@@ -57,6 +57,7 @@ class Trial(NamedTuple):
     method: str
     betas: tuple[float, ...]
     own: Answer | None  # the fixed point that theory gives it; None: pi*, or none known
+    train: Callable[[jax.Array], Ended]  # all betas -> how their runs ended; jitted
     compute: Callable[[], tuple[dict[str, Any], dict[str, float], list]]
 
 
@@ -79,9 +80,9 @@ def trials(config, key: jax.Array, max_steps: int | None) -> dict[str, Trial]:
         methods = _methods(config, world, key_run, steps=steps, max_steps=max_steps)
         for name, (method, train, own) in methods.items():
             if kind == "tabular" or name in IN_A_TRANSFORMER:
-                train = partial(train, learning_rate=learning_rate, config=config)
+                train = jax.jit(jax.vmap(partial(train, learning_rate=learning_rate, config=config)))
                 compute = partial(_compute, world, betas, own, train)
-                found[f"{kind}_{name}"] = Trial(kind, method, betas, own, compute)
+                found[f"{kind}_{name}"] = Trial(kind, method, betas, own, train, compute)
     return found
 
 
@@ -259,7 +260,7 @@ def _adam(learning_rate: float, steps: int):
 def _compute(world: World, betas: Sequence[float], own: Answer | None, train):
     """What `run_once` asks for: the measures at every beta."""
     start = time.perf_counter()
-    ended = jax.block_until_ready(jax.jit(jax.vmap(train))(jnp.asarray(betas, jnp.float32)))
+    ended = jax.block_until_ready(train(jnp.asarray(betas, jnp.float32)))
     seconds = time.perf_counter() - start
     found = {name: np.zeros(len(betas)) for name in ("total_variation", "gap", *(["to_own"] if own else []))}
     for i, beta in enumerate(betas):
