@@ -53,10 +53,10 @@ def dry_run(
     """
 
     devices = devices or math.prod(size or 1 for size in dataclasses.asdict(layout).values())
-    chosen, target = _target(accelerator, devices)
+    chosen, target = target_of(accelerator, devices)
     mesh = _mesh(layout, target, chosen.memory)
     with _traced_for(target.platform):
-        compiled = partial(_planned, chosen=chosen, target=target, mesh=mesh, price=price, say=say)
+        compiled = partial(plan_program, chosen=chosen, target=target, mesh=mesh, price=price, say=say)
         planned = [compiled(program) for program in _chosen(build(mesh), stages, title)]
         main = max(planned, key=lambda one: one.plan.seconds.total * one.program.runs)
         largest = _largest_batch(main, mesh, compiled)
@@ -76,7 +76,7 @@ def _chosen(programs: Sequence[Program], stages: Sequence[str], title: str) -> l
     return found
 
 
-def _target(name: str, count: int) -> tuple[Any, Any]:
+def target_of(name: str, count: int) -> tuple[Any, Any]:
     """(the accelerator, what to compile for)."""
     import jax
 
@@ -113,7 +113,7 @@ def _traced_for(platform: str) -> contextlib.AbstractContextManager[None]:
     return compiling_for(platform)
 
 
-def _planned(program: Program, chosen: Any, target: Any, mesh: Any, price: float | None, say) -> Planned:
+def plan_program(program: Program, chosen: Any, target: Any, mesh: Any, price: float | None, say) -> Planned:
     from rlhfjax import planner
 
     analysis = _analysis(program, target.platform, say)
