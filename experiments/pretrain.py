@@ -8,6 +8,7 @@ The result is a folder in the Hugging Face layout, RUN/model. The one shipped li
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhfjax.config import Decoder, Optimizer
 
@@ -57,9 +58,8 @@ def plan(config: Config, mesh) -> list:
     state = state_shapes(mesh, lambda key: algorithm.init(lm.init(key)), jax.random.key(0))
 
     def at(rows: int) -> Program:
-        number, weight = (
-            jax.ShapeDtypeStruct((rows, config.length), dtype) for dtype in (jnp.int32, jnp.float32)
-        )
+        number: Any = jax.ShapeDtypeStruct((rows, config.length), jnp.int32)
+        weight: Any = jax.ShapeDtypeStruct((rows, config.length), jnp.float32)
         batch = row_shapes(mesh, sft.Batch(PackedInputs(*(number,) * 4), weight))
         return Program(
             stage="pretrain",

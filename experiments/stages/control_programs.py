@@ -29,6 +29,7 @@ def _programs(job: Job, most_steps: int, on_host: str) -> list[Program]:
     shapes = jax.eval_shape(own.init)
     runs = jax.tree.map(lambda x, where: x.update(sharding=where), shapes, layout.where(shapes))
     number = whole_shapes(layout.mesh, jax.ShapeDtypeStruct((), jnp.int32))
+    # Where these few numbers lie is the compiler's choice.
     metrics = whole_shapes(layout.mesh, jax.eval_shape(own.advance, runs, number)[1])
     of_point = {"runs": plan.steps, "parts": _parts(runs)}
     return [

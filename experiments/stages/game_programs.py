@@ -13,7 +13,7 @@ from experiments.stages.control import choose
 from experiments.stages.games import Method, Task
 from rlhfjax.algorithms import ilql
 from rlhfjax.environments.text import row_length
-from rlhfjax.mesh import Devices
+from rlhfjax.mesh import Devices, row_parts
 from rlhfjax.networks import LanguageModel
 from rlhfjax.recipes import game_episodes
 
@@ -103,8 +103,8 @@ def _games(
 def _episodes(task: Task, count: int, mesh: Devices) -> ilql.Episodes:
     """So many games of the longest that there may be, cut into pieces where the task has them cut."""
     world = task.world
-    key = jax.random.key(0)
-    whole_games = jax.eval_shape(games.scripted_games(world, task.demonstrator, 1, mesh), key)
+    collecting = games.scripted_games(world, task.demonstrator, row_parts(mesh), mesh)
+    whole_games = jax.eval_shape(collecting, jax.random.key(0))
     turns = min(task.piece or world.turns, world.turns)
     rows = count * math.ceil(world.turns / turns)
     length = row_length(world) - (world.turns - turns) * (world.action_length + world.observation_length)

@@ -33,7 +33,7 @@ def program_of_runs(name: str, config: PPOStage, text: Text, grid: Grid) -> Prog
     state_R = state_shapes(mesh, own.init, learner(text.lm, config).params)
     count = len(grid.seed_R)
 
-    def of_prompts(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def of_prompts(dtype: Any, *shape: int) -> Any:
         # The rows of each run lie as those of one alone.
         return jax.ShapeDtypeStruct((count, config.prompts, *shape), dtype, sharding=rows(mesh, axis=1))
 
