@@ -30,7 +30,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "length": {},
     "mountain_car": {"algorithms": "tabular"},
     "pretrain": {},
-    "star_graph": {"algorithms": "soft_q"},
+    "star_graph": {"algorithms": "clone"},
 }
 TWO = ("--mesh.data", "2")
 two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices")
