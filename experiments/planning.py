@@ -200,7 +200,7 @@ def _whole_run(title: str, planned: Sequence[Planned], main: Planned, mesh: Any)
                 _time(once * program.runs),
             ]
         )
-    table = Table(["stage", "program", "runs", "bytes of a device", "FLOP", "seconds", "in all"], rows)
+    table = Table(["stage", "program", "runs", "bytes of a device", "FLOP of products", "seconds", "in all"], rows)
     words = [
         f"# Plan: {title}",
         f"{main.plan.devices} x {main.plan.accelerator.names[0]}, mesh {axes}.",

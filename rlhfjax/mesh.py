@@ -227,15 +227,16 @@ def kept(mesh: Devices, update: Callable[..., Any], rules: Sequence[Rule] = RULE
     return on_mesh
 
 
-def activations(mesh: Devices) -> Callable[[jax.Array, str], jax.Array]:
-    """`place` of `networks.decoder`: lays an activation over the mesh by its letters, one for each axis.
+def activations(mesh: Devices) -> Callable[[jax.Array, str], jax.Array] | None:
+    """`place` of `networks.decoder`: lays an activation over the mesh by its letters, one for each axis. None on one
+    device.
 
     Within `jax.shard_map` axes that are mapped there are left alone: an array is then a device's own part already.
 
     Raises ValueError, when tracing, where an axis cannot be split evenly.
     """
     if mesh.size == 1:
-        return lambda x, axes: x
+        return None
 
     def place(x: jax.Array, axes: str) -> jax.Array:
         context = jax.sharding.get_abstract_mesh()

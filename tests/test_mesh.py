@@ -246,8 +246,7 @@ def test_one_device_costs_nothing():
     assert on_mesh.place_params(mesh) is None
     update = lambda state: (state,)  # noqa: E731
     assert on_mesh.kept(mesh, update) is update
-    x = jnp.zeros((3, 5))
-    assert on_mesh.activations(mesh)(x, "BT") is x
+    assert on_mesh.activations(mesh) is None  # and products are of flat matrices, which a CPU wants
 
 
 def decoding(gather: bool) -> str:

@@ -260,14 +260,15 @@ class _Decoder(nn.Module):
         return hidden, (None if cache is None else tuple(new_cache))
 
 
-def decoder(config: Config, *, place: Place = _anywhere) -> LanguageModel:
+def decoder(config: Config, *, place: Place | None = None) -> LanguageModel:
     """Builds the pure functions of a decoder. Raises ValueError where the configuration contradicts itself.
 
-    place: lays activations over devices: `mesh.activations(mesh)`. It gets a letter for each axis:
+    place: lays activations over devices: `mesh.activations(mesh)`; None: there is one. It gets a letter for each axis:
       B rows and T tokens within the blocks in training, R rows elsewhere, H and N heads, F the hidden layer of the MLP,
       V the vocabulary, - any other.
     """
     _check(config)
+    place = place or _anywhere
     module = _Decoder(config, place)
 
     def init(key: jax.Array) -> dict:
