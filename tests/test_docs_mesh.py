@@ -123,9 +123,9 @@ TINY = Sizes(layers=1, width=32, heads=4, mlp_width=64, samples=2, prompt_length
 
 @cache
 def work(mesh: Mesh) -> scaling.Work:
-    target = scaling.targets(counts=(mesh.data * mesh.fsdp,))
+    (target,) = scaling.targets(counts=(mesh.data * mesh.fsdp,)).values()
     config = PPO(epochs=2, minibatches=2)
-    return scaling.work(mesh, *target.values(), TINY, prompts=8, vocab_size=64, config=config)
+    return scaling.work(mesh, target, TINY, prompts=8, vocab_size=64, config=config)
 
 
 def test_work_is_divided_and_gradients_are_summed_once_a_minibatch():
