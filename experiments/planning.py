@@ -129,6 +129,7 @@ def plan_program(program: Program, chosen: Any, target: Any, mesh: Any, price: f
         compiled_for=target.words + _of_depths(program),
         iterations=round(program.runs),
         price=price,
+        efficiency=planner.TIMED if "cpu" in chosen.names else planner.Efficiency(),
     )
     return Planned(program, plan)
 
@@ -200,7 +201,9 @@ def _whole_run(title: str, planned: Sequence[Planned], main: Planned, mesh: Any)
                 _time(once * program.runs),
             ]
         )
-    table = Table(["stage", "program", "runs", "bytes of a device", "FLOP of products", "seconds", "in all"], rows)
+    table = Table(
+        ["stage", "program", "runs", "bytes of a device", "FLOP of products", "seconds", "in all"], rows
+    )
     words = [
         f"# Plan: {title}",
         f"{main.plan.devices} x {main.plan.accelerator.names[0]}, mesh {axes}.",

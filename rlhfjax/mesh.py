@@ -246,10 +246,8 @@ def activations(mesh: Devices) -> Callable[[jax.Array, str], jax.Array] | None:
             if letter in "BR" and not manual:
                 check_rows(mesh, size, what="batch, or a minibatch or microbatch of it,")
             _check_even(mesh, size, over, f"axis {letter} of an activation {axes} {list(x.shape)}")
-        partition = PartitionSpec(*split)
-        if manual:
-            return jax.lax.with_sharding_constraint(x, partition)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
+        where = NamedSharding(context if manual else mesh, PartitionSpec(*split))
+        return jax.lax.with_sharding_constraint(x, where)
 
     return place
 

@@ -38,9 +38,10 @@ from rlhfjax.planner.memory import (
     usage,
 )
 from rlhfjax.planner.plan import Part, Plan, describe
-from rlhfjax.planner.seconds import Efficiency, Seconds, collective_seconds, expected_seconds
+from rlhfjax.planner.seconds import TIMED, Efficiency, Seconds, collective_seconds, expected_seconds
 
 __all__ = [
+    "TIMED",
     "Analysis",
     "Collective",
     "Efficiency",

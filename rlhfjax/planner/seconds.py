@@ -27,6 +27,10 @@ class Efficiency:
     network_hop: float = 2e-5  # the same between islands, where collectives go by trees
 
 
+# For rates that were timed (`accelerators.measured`): programs reach them as the timing did.
+TIMED = Efficiency(products=1.0, memory=1.0, links=1.0)
+
+
 class Seconds(NamedTuple):
     """Of one run of a program on each device. Nothing is taken to overlap."""
 
