@@ -133,7 +133,7 @@ def test_work_is_divided_and_gradients_are_summed_once_a_minibatch():
     alone, data = work(Mesh(data=1, fsdp=1)), work(Mesh(data=4, fsdp=1))
     assert alone.calls == 0 and alone.flops == 4 * data.flops
     assert data.learner == alone.learner and data.frozen == alone.frozen
-    assert data.temporary < 0.65 * alone.temporary
+    assert data.temporary < 0.75 * alone.temporary
     gradients = alone.learner / 3 - 64 * 32 * 4
     assert data.sent == pytest.approx(4 * gradients, rel=0.05)
 

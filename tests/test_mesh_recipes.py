@@ -278,7 +278,7 @@ def test_a_recipe_gives_the_numbers_of_one_device_and_splits_the_work(name, shap
     assert max(map(math.prod, here)) * parts <= max(map(math.prod, there))
     used, at_once = compiled.memory_analysis(), whole.memory_analysis()
     assert used is not None and at_once is not None
-    assert used.temp_size_in_bytes < 0.65 * at_once.temp_size_in_bytes
+    assert used.temp_size_in_bytes < 0.75 * at_once.temp_size_in_bytes
     if mesh.shape["tensor"] > 1:  # hidden layers are split, not copied: parameters, activations and gradients
         assert CONFIG.mlp_width // mesh.shape["tensor"] in {x for shape in here for x in shape}
         assert CONFIG.mlp_width not in {x for shape in here for x in shape}
