@@ -7,7 +7,9 @@ Every program of its stages is compiled from shapes for the accelerator that is 
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +18,7 @@ from experiments.programs import Program
 from rlhfjax.config import Mesh
 from rlhfjax.report import Table, markdown_table
 
+AT_ONCE = 8  # compilers, at most: each takes gigabytes for a large model
 DEEP = 12  # layers; a program of more is told from those of
 DEPTHS = (4, 8)
 
@@ -56,11 +59,15 @@ def dry_run(
     chosen, target = target_of(accelerator, devices)
     mesh = _mesh(layout, target, chosen.memory)
     with _traced_for(target.platform):
-        compiled = partial(plan_program, chosen=chosen, target=target, mesh=mesh, price=price, say=say)
-        planned = [compiled(program) for program in _chosen(build(mesh), stages, title)]
+        compiled = partial(plan_programs, chosen=chosen, target=target, mesh=mesh, price=price, say=say)
+        planned = compiled(_chosen(build(mesh), stages, title))
         main = max(planned, key=lambda one: one.plan.seconds.total * one.program.runs)
-        largest = _largest_batch(main, mesh, compiled)
-        advice = _advice(main, mesh, compiled)
+        program = main.program
+        double = [program.at(2 * program.rows)] if program.at is not None else []
+        variants = {} if main.plan.fits else {flags: make() for flags, make in program.variants.items()}
+        more = compiled([*double, *variants.values()])
+        largest = _largest_batch(main, more[0] if double else None, mesh)
+        advice = _advice(main, dict(zip(variants, more[len(double) :], strict=True)), mesh)
     return "\n\n".join([_whole_run(title, planned, main, mesh), *_details(main, advice, largest)]) + "\n"
 
 
@@ -113,10 +120,42 @@ def _traced_for(platform: str) -> contextlib.AbstractContextManager[None]:
     return compiling_for(platform)
 
 
-def plan_program(program: Program, chosen: Any, target: Any, mesh: Any, price: float | None, say) -> Planned:
+def plan_programs(
+    programs: Sequence[Program],
+    chosen: Any,
+    target: Any,
+    mesh: Any,
+    price: float | None,
+    say: Callable[[str], None],
+) -> list[Planned]:
+    """Compiles and reads the programs, several at a time: a compiler uses one core or little more."""
     from rlhfjax import planner
 
-    analysis = _analysis(program, target.platform, say)
+    # Traced here and not in the threads, which do not know what kind of device it is for.
+    lowered = [[of.lower() for of in _at_depths(program)] for program in programs]
+    words = [f"compiling {of.stage}: {of.name}, {of.rows or 'no'} rows" for of in programs]
+
+    def analysed(one: Any) -> Any:
+        compiled, text = planner.compile_to_read(one, target.platform)
+        return planner.analyse(compiled, text=text)
+
+    found = []
+    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as pool:
+        waiting = [[pool.submit(analysed, one) for one in several] for several in lowered]
+        for program, told, several in zip(programs, words, waiting, strict=True):
+            say(told)
+            read = [one.result() for one in several]
+            if len(read) > 1:
+                read = [planner.deepened(read[0], read[1], DEPTHS, program.depth)]
+            found.append(_planned(program, read[0], chosen, target, mesh, price))
+    return found
+
+
+def _planned(
+    program: Program, analysis: Any, chosen: Any, target: Any, mesh: Any, price: float | None
+) -> Planned:
+    from rlhfjax import planner
+
     used = planner.usage(analysis.memory, **dict(program.parts))
     models = (program.parts.get("parameters", ()), program.parts.get("frozen", ()))
     plan = planner.Plan(
@@ -134,20 +173,11 @@ def plan_program(program: Program, chosen: Any, target: Any, mesh: Any, price: f
     return Planned(program, plan)
 
 
-def _analysis(program: Program, platform: str, say: Callable[[str], None]) -> Any:
-    """Of the compiled program. A deep one is told from two shallow ones, which compile in minutes less."""
-    from rlhfjax import planner
-
-    def compiled(of: Program, depth: int) -> Any:
-        layers = f", {depth} layers" if depth else ""
-        say(f"compiling {of.stage}: {of.name}, {of.rows or 'no'} rows{layers}")
-        program, text = planner.compile_to_read(of.lower(), platform)
-        return planner.analyse(program, text=text)
-
+def _at_depths(program: Program) -> list[Program]:
+    """What is compiled: a deep program is told from two shallow ones, which take minutes less."""
     if program.shallow is None or not _is_deep(program):
-        return compiled(program, 0)
-    shallow, deeper = (compiled(program.shallow(depth), depth) for depth in DEPTHS)
-    return planner.deepened(shallow, deeper, DEPTHS, program.depth)
+        return [program]
+    return [program.shallow(depth) for depth in DEPTHS]
 
 
 def _is_deep(program: Program) -> bool:
@@ -161,22 +191,21 @@ def _of_depths(program: Program) -> str:
     return f", with {first} and with {second} of its {program.depth} layers, through which a straight line is laid"
 
 
-def _largest_batch(main: Planned, mesh: Any, compiled: Callable[[Program], Planned]) -> str:
-    """The largest number of rows that fits, in words, from what two batches need."""
+def _largest_batch(main: Planned, double: Planned | None, mesh: Any) -> str:
+    """The largest number of rows that fits, in words, from what they and twice as many need."""
     from rlhfjax import planner
     from rlhfjax.mesh import row_parts
 
-    program = main.program
-    if program.at is None:
+    if double is None:
         return ""
-    double = compiled(program.at(2 * program.rows))
-    needs = planner.line((program.rows, main.plan.usage.total), (2 * program.rows, double.plan.usage.total))
+    rows, twice = main.program.rows, double.program.rows
+    needs = planner.line((rows, main.plan.usage.total), (twice, double.plan.usage.total))
     most = planner.fit(needs, main.plan.memory, multiple=row_parts(mesh))
     if not most:
         return "No batch fits."
     return (
-        f"The largest batch that fits: {most} rows (a straight line through what {program.rows} and "
-        f"{2 * program.rows} need), {planner.in_bytes(needs(most))}."
+        f"The largest batch that fits: {most} rows (a straight line through what {rows} and {twice} need), "
+        f"{planner.in_bytes(needs(most))}."
     )
 
 
@@ -217,7 +246,7 @@ def _whole_run(title: str, planned: Sequence[Planned], main: Planned, mesh: Any)
     return "\n\n".join([*words, f"{total}. Not counted: {besides}."])
 
 
-def _advice(main: Planned, mesh: Any, compiled: Callable[[Program], Planned]) -> list[str]:
+def _advice(main: Planned, changed: dict[str, Planned], mesh: Any) -> list[str]:
     """What would make it fit, each change estimated or compiled; nothing where it fits."""
     from rlhfjax import planner
 
@@ -225,8 +254,7 @@ def _advice(main: Planned, mesh: Any, compiled: Callable[[Program], Planned]) ->
     if plan.fits:
         return []
     savings = planner.estimated_savings(plan.usage, parts.get("parameters", ()), fsdp=mesh.shape["fsdp"])
-    for flags, make in main.program.variants.items():
-        savings[flags] = plan.usage.total - compiled(make()).plan.usage.total
+    savings |= {flags: plan.usage.total - with_it.plan.usage.total for flags, with_it in changed.items()}
     return planner.advice(plan.usage, plan.memory, savings)
 
 

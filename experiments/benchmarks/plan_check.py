@@ -42,8 +42,9 @@ def main() -> None:
     rows = []
     for name in arguments.experiments:
         module = run.load_experiment(name, run.HERE)
-        for program in module.plan(module.Config(), mesh):
-            planned = planning.plan_program(program, chosen, target, mesh, None, lambda line: None)
+        programs = module.plan(module.Config(), mesh)
+        plans = planning.plan_programs(programs, chosen, target, mesh, None, lambda line: None)
+        for program, planned in zip(programs, plans, strict=True):
             memory, seconds = measured(program, arguments.repeats)
             told = planned.plan.usage.total, planned.plan.seconds.total
             rows.append(
