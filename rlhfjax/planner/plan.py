@@ -102,7 +102,7 @@ def _summary(plan: Plan) -> str:
             "products of an iteration",
             f"{_short(plan.flops * plan.devices)}FLOP, {_short(plan.flops)}FLOP a device",
         ),
-        ("seconds of an iteration", f"{seconds.total:.3g}, within a factor of 2"),
+        ("seconds of an iteration", f"{seconds.total:.3g}"),
         (
             "what limits",
             f"{_LIMITS[seconds.limit]}, {_share(longest, seconds.total)} of the time",
