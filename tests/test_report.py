@@ -50,6 +50,27 @@ def test_bootstrap_is_repeatable_takes_any_statistic():
     assert one.value == 4.0 and math.isnan(one.low) and math.isnan(one.high)
 
 
+def test_nested_bootstrap_holds_the_spread_of_items_and_of_runs():
+    """Its variance is (spread of the runs' means / R + mean spread of the items / (R n)), each as resampled."""
+    generator = np.random.default_rng(6)
+    groups = [generator.normal(mean, 1.0, 200) for mean in (0.0, 0.5, 1.0, 1.5)]
+    found = report.nested_bootstrap_interval(groups, seed=0, resamples=4000)
+    means = [group.mean() for group in groups]
+    variance = np.var(means) / 4 + np.mean([group.var() / 200 for group in groups]) / 4
+    assert found.value == pytest.approx(np.mean(means))
+    assert found.high - found.low == pytest.approx(2 * 1.959964 * math.sqrt(variance), rel=0.06)
+    same = [groups[0]] * 4  # no spread between runs: that of items alone is left
+    narrow = report.nested_bootstrap_interval(same, seed=0, resamples=4000)
+    assert narrow.high - narrow.low == pytest.approx(
+        2 * 1.959964 * groups[0].std() / math.sqrt(800), rel=0.06
+    )
+    assert report.nested_bootstrap_interval(groups[:1], seed=3) == report.bootstrap_interval(
+        groups[0], seed=3
+    )
+    uneven = report.nested_bootstrap_interval([[0.0, 0.0, 0.0], [1.0]], seed=0)
+    assert uneven == (0.5, 0.0, 1.0)  # a run counts once, however many items it has
+
+
 def test_paired_difference_takes_out_what_pairs_share():
     generator = np.random.default_rng(4)
     prompt = generator.normal(size=400)
@@ -74,6 +95,8 @@ def test_paired_difference_takes_out_what_pairs_share():
             "values has 2 items and baseline 1",
         ),
         (lambda: report.paired_difference_interval([1.0], [math.inf], 0), r"baseline\[0\] is inf"),
+        (lambda: report.nested_bootstrap_interval([], 0), "no groups"),
+        (lambda: report.nested_bootstrap_interval([[1.0], [math.nan]], 0), r"group 1\[0\] is nan"),
         (lambda: report.wilson_interval(3, 2), "3 successes of 2 trials"),
         (lambda: report.calibration([1.2], [1]), r"probability must lie in \[0, 1\]"),
         (lambda: report.calibration([0.2], [0.5]), "outcome must be 0 or 1; it holds 0.5"),
