@@ -134,6 +134,37 @@ def plot_bands(path: str | os.PathLike[str], panels: Sequence[Bands], *, columns
     return _save(path, draw, rows=rows, columns=columns, size=(4.4 * columns, 3.2 * rows))
 
 
+def plot_intervals(
+    path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, Interval]], *, columns: int = 2
+) -> Path:
+    """Numbers with their intervals, one above the other: by title of the panel, then by label.
+
+    A dashed line marks the first of a panel, which the others are held against.
+
+    Raises:
+      ValueError: no panels, or a panel without an interval.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("there is nothing to plot: every panel needs an interval, and there must be a panel")
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    most = max(map(len, panels.values()))
+
+    def draw(axes: Sequence["Axes"]) -> None:
+        for axis, (title, intervals) in zip(axes, panels.items(), strict=False):
+            found, place = list(intervals.values()), -np.arange(len(intervals))
+            axis.axvline(found[0].value, color=GREY, linestyle="--", linewidth=1.0)
+            for number, (x, y) in enumerate(zip(found, place, strict=True)):
+                colour = COLOURS[number % len(COLOURS)]
+                axis.errorbar([x.value], [y], xerr=_arms([x]), fmt="o", color=colour, markersize=4, capsize=3)
+            axis.set(title=title, yticks=place, yticklabels=list(intervals), ylim=(0.6 - most, 0.6))
+            axis.grid(visible=False, axis="y")
+        for unused in axes[len(panels) :]:
+            unused.set_visible(False)
+
+    return _save(path, draw, rows=rows, columns=columns, size=(4.6 * columns, rows * (0.26 * most + 0.7)))
+
+
 def plot_frames(
     path: str | os.PathLike[str],
     frames: Mapping[str, Sequence[Stroke]],

@@ -264,6 +264,22 @@ def test_panels(tmp_path: Path, drawn: list[Any]):
     assert again.read_bytes() == (tmp_path / "new" / "curves.png").read_bytes()
 
 
+def test_intervals(tmp_path: Path, drawn: list[Any]):
+    panels = {
+        "one": {"a": Interval(0.5, 0.4, 0.7), "b": Interval(0.6, math.nan, math.nan)},
+        "two": {"a": Interval(-3.0, -4.0, -1.0)},
+    }
+    assert is_png(figures.plot_intervals(tmp_path / "intervals.png", panels))
+    one, two = drawn[0].axes
+    assert [tick.get_text() for tick in one.get_yticklabels()] == ["a", "b"]
+    bars = [container.lines[2][0].get_segments() for container in one.containers]
+    np.testing.assert_allclose(numbers(bars[0])[0, :, 0], [0.4, 0.7])
+    np.testing.assert_allclose(numbers(bars[1])[0, :, 0], [0.6, 0.6])  # no ends, no arms
+    assert numbers(one.lines[0].get_xdata())[0] == 0.5 and two.get_title() == "two"
+    with pytest.raises(ValueError, match="nothing to plot"):
+        figures.plot_intervals(tmp_path / "none.png", {"one": {}})
+
+
 def test_gold_against_kl_labels_every_policy_and_no_label_covers_another(tmp_path: Path, drawn: list[Any]):
     def policy(label: str, group: str, kl: float, gold: float) -> figures.EvaluatedPolicy:
         return figures.EvaluatedPolicy(label, group, kl, Interval(gold, gold - 0.01, gold + 0.01))
