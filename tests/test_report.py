@@ -275,7 +275,7 @@ def test_intervals(tmp_path: Path, drawn: list[Any]):
     bars = [container.lines[2][0].get_segments() for container in one.containers]
     np.testing.assert_allclose(numbers(bars[0])[0, :, 0], [0.4, 0.7])
     np.testing.assert_allclose(numbers(bars[1])[0, :, 0], [0.6, 0.6])  # no ends, no arms
-    assert numbers(one.lines[0].get_xdata())[0] == 0.5 and two.get_title() == "two"
+    assert numbers(one.lines[0].get_xdata())[0] == 0.5 and two.get_title(loc="left") == "two"
     with pytest.raises(ValueError, match="nothing to plot"):
         figures.plot_intervals(tmp_path / "none.png", {"one": {}})
 
