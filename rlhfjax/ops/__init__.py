@@ -55,6 +55,7 @@ from rlhfjax.ops.multistep import (
     value_at_next,
     vtrace,
 )
+from rlhfjax.ops.pass_at_k import majority, majority_at_k, pass_at_k
 from rlhfjax.ops.policy_gradient import clipped_surrogate, clipped_value_loss
 from rlhfjax.ops.preference import (
     bayes_accuracy,
@@ -134,6 +135,8 @@ __all__ = [
     "kto_loss",
     "lambda_returns",
     "leave_one_out_baseline",
+    "majority",
+    "majority_at_k",
     "masked_mean",
     "masked_sum",
     "masked_variance",
@@ -143,6 +146,7 @@ __all__ = [
     "n_step_returns",
     "nca_loss",
     "odds_ratio_loss",
+    "pass_at_k",
     "path_consistency_error",
     "penalised_reward",
     "plackett_luce_loss",
