@@ -27,7 +27,16 @@ from rlhfjax.recipes.reward_model import (
     make_process_reward_model,
     make_reward_model,
 )
-from rlhfjax.recipes.rlhf import RLHF, Experience, Frozen, Prompts, iterate_many, make_learn, make_rlhf
+from rlhfjax.recipes.rlhf import (
+    RLHF,
+    Experience,
+    Frozen,
+    Prompts,
+    completion_reward,
+    iterate_many,
+    make_learn,
+    make_rlhf,
+)
 from rlhfjax.recipes.text import (
     PackedInputs,
     completion_logp,
@@ -79,6 +88,7 @@ __all__ = [
     "chat_rollout",
     "cloned_episodes",
     "completion_logp",
+    "completion_reward",
     "cut_games",
     "equal_completions",
     "game_episodes",

@@ -65,7 +65,8 @@ def make_rlhf(
     algorithm: Algorithm,
     as_batch: AsBatch,
     *,
-    reward: Callable[[Any, Branches], jax.Array] | None = None,
+    reward: Callable[..., jax.Array] | None = None,
+    numbered: bool = False,
     samples: int,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
@@ -85,7 +86,9 @@ def make_rlhf(
       as_batch: `as_batch(state, frozen, branches, generation, score) -> batch` of the algorithm, e.g.
         `ppo_batch(lm, evaluate)` or `grpo_batch(lm)`; see `rlhfjax.recipes.batches`.
       reward: `reward(params, branches) -> float [B, G]`, or [B, G, R] for several rewards, on the device. None:
-        scores come from the host, to `learn`.
+        scores come from the host, to `learn`. One of completions alone is made into it by `completion_reward`.
+      numbered: the reward is called as `reward(params, branches, index_B)`, with the prompts' own numbers, by which it
+        looks up what belongs to each: a reference, an answer.
       samples: completions of each prompt, G.
       banned_tokens: ids that are never drawn: those of a padded vocabulary, which no text has. The plain distribution,
         whose log-probabilities are learnt from, still has them.
@@ -104,6 +107,8 @@ def make_rlhf(
     "reward/nonfinite" (by `ppo` and `grpo`).
     """
 
+    if numbered and reward is None:
+        raise ValueError("numbered=True is for a reward on the device; give one, or leave it out")
     drawn = samples + 1 if greedy else samples
 
     def roll_out(params, prompts: Prompts, key_BG: jax.Array) -> Generation:
@@ -146,7 +151,8 @@ def make_rlhf(
             )
         key_rollout, key_learn = jax.random.split(key)
         generation = rollout(state, prompts, key_rollout)
-        score_BG = reward(frozen.reward, as_branches(prompts, generation))
+        numbers = (prompts.index_B,) if numbered else ()
+        score_BG = reward(frozen.reward, as_branches(prompts, generation), *numbers)
         state, metrics = learn(state, frozen, prompts, generation, score_BG, key_learn)
         return state, metrics, Experience(as_branches(prompts, generation), generation, score_BG)
 
@@ -215,6 +221,20 @@ def iterate_many(
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (state, experience), metrics = jax.lax.scan(one, (state, nothing), (prompts, key_K))
     return state, metrics, experience
+
+
+def completion_reward(reward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A reward of completions, `reward(params, token_BT, mask_BT[, index_B]) -> float [B]`, as one of an iteration:
+    `(params, branches[, index_B]) -> float [B, G]`. Every sample has its prompt's number.
+    """
+
+    def of_branches(params: Any, branches: Branches, *index: jax.Array) -> jax.Array:
+        batch, samples, _ = branches.completion_BGC.shape
+        token_BT, mask_BT = (x.reshape(batch * samples, -1) for x in branches[2:])
+        numbers = (jnp.repeat(index_B, samples, total_repeat_length=batch * samples) for index_B in index)
+        return reward(params, token_BT, mask_BT, *numbers).reshape(batch, samples)
+
+    return of_branches
 
 
 def as_branches(prompts: Prompts, generation: Generation) -> Branches:
