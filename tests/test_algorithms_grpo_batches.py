@@ -108,6 +108,7 @@ def test_metrics_are_those_of_their_definitions(params, rollout):
         "objective/reward": reward.mean(),
         "objective/kl": kl.mean(),
         "objective/kl_penalty": 0.1 * kl.mean(),
+        "objective/kl_coefficient": 0.1,
         "objective/return": reward.mean() - 0.1 * kl.mean(),
         "reward/nonfinite": 0.0,
         "group/equal_rewards": 0.25,

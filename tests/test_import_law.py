@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "accelerators": set(),  # a table, beside the device it is read for
     "planner": {"accelerators"},  # it reads compiled programs, whatever they compute
     **dict.fromkeys(RUN - {"config"}, RUN),
+    "guards": set(),  # bounds on metrics: numbers in, decisions out
+    "overoptimisation": set(),  # fits of a few numbers
     "processes": set(),  # how several are one run: below everything that waits for others
     "checkpoint": {"config", "processes"},
     "mesh": {"config"},

@@ -36,6 +36,7 @@ Metrics (float32 scalars; "sequence" = a sample with at least one action that co
     objective/kl                per sequence, nats: sum of k1 = logp - logp_ref over its actions
     objective/kl_penalty        per sequence: what its reward lost to the KL
     objective/return            per sequence: reward - penalty (these two: kl_placement reward and score)
+    objective/kl_coefficient    used in this update (where there is one)
     reward/0, reward/1, ...     per sequence, where there are several rewards
     reward/nonfinite            sequences with a NaN or infinite reward or baseline, masked out of everything
     group/equal_rewards         share of the groups whose rewards are all equal

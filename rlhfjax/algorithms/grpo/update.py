@@ -3,6 +3,7 @@
 Shapes: B prompts, G samples of each, R rewards of a sample, T actions in time.
 """
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -41,6 +42,8 @@ class State(NamedTuple):
     opt_state: PyTree
     mean_reward: jax.Array  # float32 [], of baseline "moving": decayed sum of mean rewards, 0 at the start
     step: jax.Array  # int32 [], updates made
+    # float32 [], reward per nat: that of the config until the caller puts another; None: there is none in the config
+    kl_coefficient: jax.Array | None = None
 
 
 def make(
@@ -58,9 +61,16 @@ def make(
     _check_config(config)
 
     def init(params: PyTree) -> State:
-        return State(params, optimizer.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32))
+        coefficient = config.kl_coefficient
+        coefficient = None if coefficient is None else jnp.asarray(coefficient, jnp.float32)
+        return State(params, optimizer.init(params), jnp.zeros(()), jnp.zeros((), jnp.int32), coefficient)
 
     def update(state: State, rollout: Rollout, key: jax.Array):
+        if (state.kl_coefficient is None) != (config.kl_coefficient is None):
+            raise ValueError(
+                f"state.kl_coefficient is {state.kl_coefficient}, and that of the config {config.kl_coefficient}: make "
+                "the state by `init` of this algorithm"
+            )
         parts = config.minibatches * config.microbatches
         check_divisible(rollout.mask.shape[0], parts, what="minibatches x microbatches")
         # The reference is closed over, and no part of the batch: it has no leading axis to be cut.
@@ -69,11 +79,14 @@ def make(
         # Undoes the start from 0, as Adam does; before the first update there is no mean, and the baseline is 0.
         known = 1.0 - jnp.power(config.baseline_decay, state.step.astype(jnp.float32))
         moving = jnp.where(state.step > 0, state.mean_reward / jnp.where(state.step > 0, known, 1.0), 0.0)
-        sample, mean_reward, metrics = targets(rollout, moving, config=config, axis_name=axis_name)
+        now = dataclasses.replace(config, kl_coefficient=state.kl_coefficient)
+        sample, mean_reward, metrics = targets(rollout, moving, config=now, axis_name=axis_name)
+        if state.kl_coefficient is not None:
+            metrics["objective/kl_coefficient"] = state.kl_coefficient
 
         def minibatch(carry: tuple[PyTree, PyTree], batch: Sample):
             params, opt_state, step_metrics = gradient_step(
-                partial(loss, evaluate=of_batch, config=config),
+                partial(loss, evaluate=of_batch, config=now),
                 optimizer,
                 *carry,
                 batch,
@@ -90,7 +103,8 @@ def make(
         )
         decay = config.baseline_decay
         mean_reward = decay * state.mean_reward + (1.0 - decay) * mean_reward
-        return State(params, opt_state, mean_reward, state.step + 1), metrics | _over_steps(steps)
+        state = State(params, opt_state, mean_reward, state.step + 1, state.kl_coefficient)
+        return state, metrics | _over_steps(steps)
 
     return Algorithm(init, update)
 
