@@ -1,5 +1,15 @@
 """Reward functions: on the host (texts in, numbers out), on the device (arrays in, array out), and learned."""
 
+from rlhfjax.rewards.characters import (
+    ByteTable,
+    Characters,
+    References,
+    byte_table,
+    characters,
+    fold,
+    references,
+)
+from rlhfjax.rewards.chrf import chrf, chrf_on_device, chrf_reward
 from rlhfjax.rewards.device import WordTable, length_reward, word_count, word_table
 from rlhfjax.rewards.host import HostReward, RewardPool, score_on_host
 from rlhfjax.rewards.learned import (
@@ -18,6 +28,16 @@ from rlhfjax.rewards.learned import (
 from rlhfjax.rewards.rouge import rouge_l, rouge_l_reward, rouge_n
 
 __all__ = [
+    "ByteTable",
+    "Characters",
+    "References",
+    "byte_table",
+    "characters",
+    "chrf",
+    "chrf_on_device",
+    "chrf_reward",
+    "fold",
+    "references",
     "HostReward",
     "RewardPool",
     "WordTable",
