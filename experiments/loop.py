@@ -27,6 +27,7 @@ import jax.monitoring
 import numpy as np
 
 from experiments.trace import read_trace
+from experiments.watch import Watch, state_after
 from rlhfjax import console, processes
 from rlhfjax.accelerators import accelerator, peak_memory
 from rlhfjax.checkpoint import Checkpoints
@@ -74,6 +75,7 @@ def run_stage(
     keep: int = 2,
     nullable: frozenset[str] = frozenset(),
     show: Show = Show(),  # noqa: B008  (frozen, so it can be shared)
+    watch: Watch | None = None,
 ) -> State:
     """Runs the stage `name` to step `steps`, from its newest checkpoint or from `init()`; returns the state.
 
@@ -89,6 +91,7 @@ def run_stage(
       checkpoint_every: steps between checkpoints; there is always one at the end.
       keep: checkpoints kept.
       nullable: metrics that may be NaN or infinite (written as null). Any other such value stops the run.
+      watch: what looks at the metrics and may end the stage before its last step.
 
     Raises:
       FloatingPointError: a metric is not finite; names stage, step and metric. No checkpoint of that state
@@ -99,6 +102,11 @@ def run_stage(
     steps = steps if folder.max_steps is None else min(steps, folder.max_steps)
     with Checkpoints(folder.checkpoints(name), keep=keep) as checkpoints:
         done, state = _restore(name, checkpoints, init)
+        if watch is not None:
+            for line in folder.metrics(name):
+                if line["step"] <= done:
+                    watch.observe(line["step"], line)
+            steps = done if watch.over(done) else steps
         if done < steps:
             folder.truncate_after(name, done)
         with console.open_stage(name, steps, start=done) as view:
@@ -106,7 +114,7 @@ def run_stage(
                 word = "done" if done >= steps else "continues"
                 view.note(f"{word}: checkpoint of step {done} of {steps}")
             clock = _DeviceClock()
-            report = _reporter(name, folder, view, steps, done, nullable, show)
+            report = _reporter(name, folder, view, steps, done, nullable, show, watch)
             # Two steps may compile: the first, and one that meets the first one's outputs.
             traced = range(min(done + 2, steps - 1), steps)[: folder.profile if processes.is_first() else 0]
             late = None  # a step with metrics not fetched yet: fetching at once would leave the device idle
@@ -124,16 +132,21 @@ def run_stage(
                         report(*late)
                     late = (i + 1, out[0] | {f"{PERF}idle_seconds": idle}, *out[1:])
                     stop = processes.preempted()
-                    if (i + 1) % checkpoint_every == 0 or i + 1 == steps or stop:
+                    last = i + 1 == steps or (watch is not None and watch.over(i + 1))
+                    if (i + 1) % checkpoint_every == 0 or last or stop:
                         report(*late)
                         late = None
                         folder.sync()
                         checkpoints.save(i + 1, state)
-                    if stop:
+                    if stop or last:
                         break
                 checkpoints.wait()
             if stop:
                 raise processes.Preempted(f"stage {name}, step {i + 1} of {steps}")  # pyright: ignore[reportPossiblyUnboundVariable]
+            kept = None if watch is None else watch.kept()
+            if kept is not None:
+                view.note(f"back to the state after step {kept}")
+                state = state_after(kept, name, folder, checkpoints, init=init, step=step, batch=batch)
     return state
 
 
@@ -263,6 +276,7 @@ def _reporter(
     done: int,
     nullable: frozenset[str],
     show: Show,
+    watch: Watch | None,
 ) -> Callable[..., None]:
     """A function (step, metrics, aux) that fetches, checks, logs and shows one step."""
     every = show.every or max(1, steps // 20)
@@ -273,6 +287,8 @@ def _reporter(
         fetched = {key: plain_number(value) for key, value in fetch(dict(metrics)).items()}
         if show.measure:
             fetched |= show.measure(step, fetch(aux))
+        more, lines = ({}, ()) if watch is None else watch.observe(step, fetched)
+        fetched |= more
         values = {key: value for key, value in fetched.items() if not key.startswith(PERF)}
         perf = lap() | {key.removeprefix(PERF): fetched[key] for key in fetched.keys() - values.keys()}
         _log(name, step, folder, values, perf | _rates([values | perf]))
@@ -280,6 +296,8 @@ def _reporter(
         recent.append(values | perf)
         shown = step % every == 0 or step in (done + 1, steps)
         view.update(step, _line(values, recent, show.columns) if shown else {}, shown)
+        for line in lines:
+            view.note(line)
         if shown:
             recent.clear()
         if show.samples and show.samples_every and (step % show.samples_every == 0 or step == steps):

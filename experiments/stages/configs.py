@@ -116,6 +116,30 @@ class RatingStage:
 
 
 @dataclass(frozen=True)
+class Guards:
+    """Bounds on what policy optimisation logs, and what is done where they are not kept (docs/overoptimisation.md)."""
+
+    watch: tuple[str, ...] = ()
+    """Each NAME<BOUND:ACTION or NAME>BOUND:ACTION, what must not happen. NAME: a metric, as gold, objective/kl,
+    completions/mean_length, or a function of texts, FILE.py:NAME or MODULE:NAME, called like a reward. BOUND: a number,
+    or start-NUMBER, start+NUMBER, start*NUMBER. ACTION: warn, raise (the KL coefficient) or stop."""
+    window: int = 5
+    """Values in the moving mean that is held against the bound; also those that `start` is the mean of."""
+    patience: int = 3
+    """Values in a row out of bounds before a guard acts, and between two times that it does."""
+    every: int = 1
+    """Steps between scorings by functions of texts."""
+    factor: float = 2.0
+    """By which a raise multiplies the KL coefficient."""
+    least: float = 0.05
+    """Reward per nat: what a raise makes at least of a KL coefficient, of 0 for example."""
+    most: float = 1.0
+    """Reward per nat: what a raise makes at most of it."""
+    keep: Literal["held", "last"] = "held"
+    """After a stop, the policy that is returned: of the last step at which the guard held, or of the last step."""
+
+
+@dataclass(frozen=True)
 class PPOStage:
     """PPO against a reward on the device."""
 
@@ -131,6 +155,7 @@ class PPOStage:
     """Score of a completion that did not end, in place of its reward; none: its reward stays."""
     shared_trunk: bool = False
     """Whether the critic is a head on the policy, not a network of its own."""
+    guards: Guards = field(default_factory=Guards)
     algorithm: PPO = field(
         default_factory=lambda: PPO(kl_coefficient=0.2, epochs=1, minibatches=2, value_coefficient=0.5)
     )
@@ -163,6 +188,7 @@ class GRPOStage:
     """Temperature of the rollouts; policy, reference and behaviour share it."""
     missing_eos_penalty: float | None = -3.0
     """Score of a completion that did not end, in place of its reward; none: its reward stays."""
+    guards: Guards = field(default_factory=Guards)
     algorithm: GRPO = field(
         default_factory=lambda: GRPO(
             kl_coefficient=0.2, kl_placement="reward", kl_estimator="k1", aggregation="token", minibatches=2
@@ -215,6 +241,7 @@ class OnlineDPOStage:
     """Temperature of the rollouts and of the policy's log-probabilities."""
     missing_eos_penalty: float | None = -3.0
     """Score of a completion that did not end, in place of its reward; none: its reward stays."""
+    guards: Guards = field(default_factory=Guards)
     algorithm: DPO = field(default_factory=lambda: DPO(beta=0.2))
     optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.001))
 
@@ -233,6 +260,7 @@ class RAFTStage:
     """Temperature of the rollouts and of the policy's log-probabilities."""
     missing_eos_penalty: float | None = -3.0
     """Score of a completion that did not end, in place of its reward; none: its reward stays."""
+    guards: Guards = field(default_factory=Guards)
     algorithm: SFT = field(default_factory=SFT)
     optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.001))
 
