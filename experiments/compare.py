@@ -78,30 +78,16 @@ def plan(config: Config, mesh) -> list:
 
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all seeds; returns the numbers of summary.json."""
-    from dataclasses import replace
-
-    from experiments.stages import comparison, report
+    from experiments.stages import comparison
+    from experiments.stages.prepare import rouge_of
+    from experiments.stages.task import Task
     from rlhfjax.report import write_report
 
-    stages = comparison.chosen_stages(config)
-    temperature = comparison.one_temperature(stages)
-    if config.seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {config.seeds}")
-    found = []
-    for seed in range(folder.seed, folder.seed + config.seeds):
-        path = folder.path / f"seed-{seed}"
-        path.mkdir(exist_ok=True)
-        part = replace(folder, path=path, seed=seed)
-        part.repair()
-        print(f"seed {seed}, in {path}", flush=True)
-        found.append(comparison.run_seed(config, stages, temperature, part))
-    merged = comparison.merge(found)
+    compared = comparison.compare_methods(config, Task("ROUGE-L", rouge_of), folder)
     write_report(
         folder.path,
         f"{' '.join(config.methods)}, {config.seeds} from seed {folder.seed} on",
-        [
-            comparison.method_section(merged, found, temperature),
-            comparison.figure_section(merged, folder, temperature),
-        ],
+        compared.sections,
     )
-    return report.policy_numbers(merged)
+    compared.write_results("summarisation")
+    return compared.summary

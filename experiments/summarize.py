@@ -68,41 +68,22 @@ def plan(config: Config, mesh) -> list:
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages; returns the numbers of summary.json."""
     from experiments.stages import evaluation, offline, report
-    from experiments.stages.prepare import prepare
+    from experiments.stages.prepare import Sections, prepare, rouge_of
+    from experiments.stages.task import Task
     from rlhfjax.report import write_report
 
     name, stage = config.algorithm, getattr(config, config.algorithm)
-    prepared = prepare(
-        config.text,
-        config.sft,
-        config.preferences,
-        config.reward,
-        config.ratings,
-        config.evaluation,
-        {name: stage},
-        folder,
-    )
+    gold_name = "ROUGE-L"
+    prepared = prepare(Sections.of(config), Task(gold_name, rouge_of), {name: stage}, folder)
+    assert prepared.learned is not None
     tuned = prepared.optimise(name, stage)
-    problem = prepared.problem
     found, comparisons, summary = {}, {}, {}
     for split in prepared.heldout:
-        found[split] = evaluation.evaluate_policies(
-            config.evaluation,
-            problem.text,
-            problem.reference,
-            {name: tuned},
-            problem.reward,
-            problem.reward_params,
-            prepared.gold_of,
-            folder,
-            temperature=stage.temperature,
-            split=split,
-            points=offline.curve(name, stage, tuned),
-        )
+        points = offline.curve(name, stage, tuned)
+        found[split] = prepared.evaluate(split, {name: tuned}, points, stage.temperature)
         comparisons[split] = evaluation.compare(found[split], stage.temperature, name)
         summary |= report.summarise(found[split], comparisons[split], split)
     measured = folder.metrics("reward_model_heldout")[0]
-    gold_name = "ROUGE-L"
     write_report(
         folder.path,
         f"Summaries of software descriptions, {name}, seed {folder.seed}",

@@ -1,20 +1,178 @@
-"""Several methods from one start: running them, and what is said of them together."""
+"""Several methods from one start, on any task on text: running them, and what is said of them together.
+
+A task is a value (`task.Task`): its gold score and, where it is given, its reward, on the device (`task.OnDevice`) or
+in Python (`task.OnHost`); without one a reward model is learnt from pairs that a noisy judge labels by the gold score.
+The settings are any frozen dataclass with
+
+    methods, kl_weights, seeds          as in experiments/compare.py
+    text, sft, preferences, reward, ratings, evaluation       the sections of the stages (reward: for a learned one)
+    a section per method that may be named: ppo, grpo, rloo, dpo, online_dpo, raft, soft_q, ilql
+
+and an experiment is then
+
+    def run(config, folder):
+        compared = comparison.compare_methods(config, Task("chrF", gold_of, OnDevice(of)), folder)
+        write_report(folder.path, "Translation", compared.sections)
+        compared.write_results("translate", flags="--language de")
+        return compared.summary
+
+The start (fine-tuned, or the base where sft.steps is 0) and best-of-n by the reward (`evaluation.best_of`) are measured
+beside the methods without being named. With a given reward DPO's pairs are labelled by it (with the noise of
+`preferences.label_temperature`, in units of the reward), the ratings for Q-learning are its values, and PPO's critic
+and ILQL's values start from the reference, not from the reward model's trunk. Weights of the KL are in units of the
+reward; only a learned one has deviation 1.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from experiments.stages.evaluation import Policy, evaluate_policies
+from experiments.stages import report, results
+from experiments.stages.evaluation import Policy
 from experiments.stages.methods import Stage, kl_weight, with_kl_weight
 from experiments.stages.offline import curve
-from experiments.stages.prepare import prepare
+from experiments.stages.prepare import Prepared, Sections, prepare
+from experiments.stages.task import Task
+from experiments.stages.text import Text, Writer
 from rlhfjax.figures import EvaluatedPolicy, plot_gold_against_kl
-from rlhfjax.report import Section, Table, paired_difference_interval
+from rlhfjax.report import Section, Table, bootstrap_interval, paired_difference_interval
 from rlhfjax.run_folder import RunFolder
 
-GOLD = "ROUGE-L"
+# What a method's row is called in the table of all tasks, where that is not its name.
+ROWS = {"soft_q": "q-learning (soft_q)", "ilql": "q-learning (ilql)", "online_dpo": "online dpo"}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All methods and seeds of a task, measured."""
+
+    task: Task
+    temperature: float
+    stages: Mapping[str, Stage]
+    folder: RunFolder
+    parts: Sequence[RunFolder]  # of each seed
+    prepared: Prepared  # of the first seed
+    found: Mapping[str, Sequence[Sequence[Policy]]]  # split -> seed -> policy
+    merged: Mapping[str, Sequence[Policy]]  # split -> policy, means over the seeds
+    measured: Mapping[
+        str, Mapping[str, np.ndarray]
+    ]  # split -> measure -> [policies, B], means over the seeds
+
+    @property
+    def sections(self) -> list[Section]:
+        """Of a report: tables by split, and the frontier."""
+        tables = [
+            method_section(
+                split,
+                self.merged[split],
+                found,
+                self.measured[split],
+                temperature=self.temperature,
+                gold_name=self.task.gold_name,
+                start=self.prepared.start,
+            )
+            for split, found in self.found.items()
+        ]
+        merged, examples = self.merged["validation"], self.prepared.heldout["validation"]
+        return [
+            *tables,
+            frontier_section(merged, self.folder, self.temperature, self.task.gold_name),
+            report.text_section(merged, examples, self.temperature),
+        ]
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Flat names and numbers for summary.json; those of the test split begin with "test/"."""
+        numbers = {}
+        for split, merged in self.merged.items():
+            prefix = "" if split == "validation" else f"{split}/"
+            numbers |= {f"{prefix}{name}": value for name, value in report.policy_numbers(merged).items()}
+            for measure, value_PB in self.measured[split].items():
+                numbers |= {
+                    f"{prefix}{policy.name}/{measure}": float(value_B.mean())
+                    for policy, value_B in zip(merged, value_PB, strict=True)
+                }
+        return numbers
+
+    def write_results(self, task: str, *, flags: str = "") -> None:
+        """Writes results.json: the start, best-of-n and every method, sampled at the temperature of the rollouts, at
+        which KL and best-of-n are defined; beside them the start decoded greedily. On the last split evaluated.
+
+        flags: of the command line, beside --methods and --seed.
+        """
+        split = list(self.merged)[-1]
+        rows = [row for policy in self.merged[split] if (row := self._row(policy, flags)) is not None]
+        results.write_results(
+            self.folder, task=task, metric=f"{self.task.gold_name}, {split} split", rows=rows
+        )
+
+    def _row(self, policy: Policy, flags: str) -> results.Row | None:
+        """The policy's row in the table of all tasks; None: it has none."""
+        start, (label, how) = self.prepared.start, policy.name.split(", ", 1)
+        method, weight = _method(label, self.stages)
+        kl: float | None = float(policy.kl.mean())
+        if policy.group == "best of n":
+            name, own = how, ()
+        elif policy.name == f"{start}, greedy":
+            name, own, kl = policy.name, (), None
+        elif policy.group in (start, *self.stages) and how == f"temperature {self.temperature:g}":
+            # The values of ILQL are learnt once for all weights, in the stage of the method's name.
+            name, own = ROWS.get(method, method) + (f" {weight}" if weight else ""), {label, method}
+        else:
+            return None
+        command = ["python experiments/run.py", self.folder.experiment, flags, f"--seed {self.folder.seed}"]
+        if label in self.stages:
+            command += [f"--methods {method}", f"--kl-weights {weight}" if weight else ""]
+        seconds = np.mean([results.stage_seconds(part, *own) for part in self.parts])
+        return results.Row(name, policy.gold, kl, float(seconds), " ".join(filter(None, command)))
+
+
+def _method(label: str, stages: Mapping[str, Stage]) -> tuple[str, str]:
+    """Method and weight of the KL of a stage: ("ppo", "0.1") of "ppo-0.1", ("ppo", "") of "ppo"."""
+    method, _, weight = label.rpartition("-")
+    return (method, weight) if method and label in stages else (label, "")
+
+
+def compare_methods(config: Any, task: Task, folder: RunFolder, loaded: Text | None = None) -> Compared:
+    """Runs all methods and seeds of the settings; see the top of this file.
+
+    loaded: the opened text; None: `config.text` is opened. The seeds' runs lie in folders seed-N of the run's.
+
+    Raises ValueError for settings that contradict each other, before anything is trained.
+    """
+    stages = chosen_stages(config)
+    temperature = one_temperature(stages)
+    if config.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {config.seeds}")
+    parts, prepared, found = [], [], []
+    for seed in range(folder.seed, folder.seed + config.seeds):
+        path = folder.path / f"seed-{seed}"
+        path.mkdir(exist_ok=True)
+        parts.append(replace(folder, path=path, seed=seed))
+        parts[-1].repair()
+        print(f"seed {seed}, in {path}", flush=True)
+        before, by_split = run_seed(config, task, stages, temperature, parts[-1], loaded)
+        prepared.append(before)
+        found.append(by_split)
+    splits = {split: [by_split[split] for by_split in found] for split in found[0]}
+    first = prepared[0]
+    measured = {
+        split: {
+            name: np.mean([_measure(score(first.heldout[split]), policies) for policies in of_split], axis=0)
+            for name, score in task.measures.items()
+        }
+        for split, of_split in splits.items()
+    }
+    merged = {split: merge(of_split) for split, of_split in splits.items()}
+    return Compared(task, temperature, stages, folder, parts, first, splits, merged, measured)
+
+
+def _measure(score: Any, policies: Sequence[Policy]) -> np.ndarray:
+    """The scores of every policy's texts, [policies, B]."""
+    rows = np.arange(len(policies[0].texts))
+    return np.stack([np.asarray(score(rows, [[x] for x in policy.texts]))[:, 0] for policy in policies])
 
 
 def chosen_stages(config: Any) -> dict[str, Stage]:
@@ -47,33 +205,22 @@ def one_temperature(stages: Mapping[str, Stage]) -> float:
     return next(iter(found.values()))
 
 
-def run_seed(config: Any, stages: Mapping[str, Stage], temperature: float, folder: RunFolder) -> list[Policy]:
-    """All stages of one seed; the policies on the validation split."""
-    prepared = prepare(
-        config.text,
-        config.sft,
-        config.preferences,
-        config.reward,
-        config.ratings,
-        config.evaluation,
-        stages,
-        folder,
-    )
-    problem = prepared.problem
+def run_seed(
+    config: Any,
+    task: Task,
+    stages: Mapping[str, Stage],
+    temperature: float,
+    folder: RunFolder,
+    loaded: Text | None = None,
+) -> tuple[Prepared, dict[str, list[Policy]]]:
+    """All stages of one seed: what the methods started from, and the policies by split."""
+    prepared = prepare(Sections.of(config), task, stages, folder, loaded)
     tuned = {name: prepared.optimise(name, stage) for name, stage in stages.items()}
-    points = {k: v for name, stage in stages.items() for k, v in curve(name, stage, tuned[name]).items()}
-    return evaluate_policies(
-        config.evaluation,
-        problem.text,
-        problem.reference,
-        tuned,
-        problem.reward,
-        problem.reward_params,
-        prepared.gold_of,
-        folder,
-        temperature=temperature,
-        points=points,
-    )
+    points: dict[str, Writer] = {}
+    for name, stage in stages.items():
+        points |= curve(name, stage, tuned[name])
+    found = {split: prepared.evaluate(split, tuned, points, temperature) for split in prepared.heldout}
+    return prepared, found
 
 
 def merge(found: Sequence[Sequence[Policy]]) -> list[Policy]:
@@ -91,11 +238,18 @@ def merge(found: Sequence[Sequence[Policy]]) -> list[Policy]:
 
 
 def method_section(
-    merged: Sequence[Policy], found: Sequence[Sequence[Policy]], temperature: float
+    split: str,
+    merged: Sequence[Policy],
+    found: Sequence[Sequence[Policy]],
+    measured: Mapping[str, np.ndarray],
+    *,
+    temperature: float,
+    gold_name: str,
+    start: str = "sft",
 ) -> Section:
-    """The table of all policies, and each method's lead over the fine-tuned policy."""
+    """The table of all policies, and each method's lead over the policy that all started from."""
     base = {
-        suffix: next(p for p in merged if p.name == f"sft, {suffix}")
+        suffix: next(p for p in merged if p.name == f"{start}, {suffix}")
         for suffix in (f"temperature {temperature:g}", "greedy")
     }
     rows = []
@@ -112,18 +266,30 @@ def method_section(
                 policy.interval("reward"),
                 f"{policy.kl.mean() + 0.0:.2f}",
                 policy.interval("length"),
+                *(bootstrap_interval(value_PB[number], 0) for value_PB in measured.values()),
             ]
         )
-    header = ["policy", GOLD, "over seeds", "lead over sft", "reward", "KL (nats)", "tokens"]
+    header = [
+        "policy",
+        gold_name,
+        "over seeds",
+        f"lead over {start}",
+        "reward",
+        "KL (nats)",
+        "tokens",
+        *measured,
+    ]
     seeds = "One seed" if len(found) == 1 else f"Means over {len(found)} seeds"
     text = (
-        f"{seeds}, on the same {len(merged[0].gold)} prompts of the validation split, one completion a prompt and "
-        "seed; 95 % bootstrap intervals over prompts. The lead is over the fine-tuned policy decoded in the same way."
+        f"{seeds}, on the same {len(merged[0].gold)} prompts of the {split} split, one completion a prompt and "
+        f"seed; 95 % bootstrap intervals over prompts. The lead is over {start} decoded in the same way."
     )
-    return Section("Methods", text, Table(header, rows))
+    return Section(f"Methods, {split} split", text, Table(header, rows))
 
 
-def figure_section(merged: Sequence[Policy], folder: RunFolder, temperature: float) -> Section:
+def frontier_section(
+    merged: Sequence[Policy], folder: RunFolder, temperature: float, gold_name: str
+) -> Section:
     """Gold against KL, a line per method."""
     shown = [p for p in merged if p.name.endswith(f", temperature {temperature:g}") or p.group == "best of n"]
     points = [
@@ -137,9 +303,13 @@ def figure_section(merged: Sequence[Policy], folder: RunFolder, temperature: flo
     ]
     path = folder.path / "figures"
     path.mkdir(exist_ok=True)
-    figure = plot_gold_against_kl(path / "frontier.png", points, gold_label=GOLD)
+    figure = plot_gold_against_kl(path / "frontier.png", points, gold_label=gold_name)
     text = (
         f"Sampled at temperature {temperature:g}, that of the rollouts. A method is better than another where it lies "
         "above it at the same KL. The KL of best-of-n is its bound log n - (n-1)/n."
     )
-    return Section("The frontier", text, figures=[(figure, f"{GOLD} against KL from the fine-tuned policy")])
+    return Section(
+        "The frontier",
+        text,
+        figures=[(figure, f"{gold_name} against KL from the policy that all started from")],
+    )

@@ -50,7 +50,7 @@ def evaluate_policies(
     text: Text,
     reference: dict,
     policies: Mapping[str, Writer],
-    reward: Callable[[LanguageModel], Callable[[Any, Branches], jax.Array]] | None,
+    reward: Callable[[LanguageModel], Callable[..., jax.Array]] | None,
     reward_params: Any,
     gold: Callable[[Examples], Gold],
     folder: RunFolder,
@@ -59,17 +59,20 @@ def evaluate_policies(
     split: str = "validation",
     points: Mapping[str, Writer] = MappingProxyType({}),
     start: str = "sft",
+    numbered: bool = False,
+    judge: Callable[[Examples], Gold] | None = None,
 ) -> list[Policy]:
     """Measures the reference, best-of-n by the reward, and every policy of `policies` and `points`.
 
-    A reward of None is the gold score itself. The reference is called `start`.
+    A reward of None is `judge`, in Python, and without that the gold score itself. `numbered`: whether the reward asks
+    for the numbers of the prompts too. The reference is called `start`.
 
     Each policy is decoded at `temperature` (that of the rollouts, at which KL and best-of-n are defined), at the
     configured others and greedily, all in one pass per prompt batch; those of `points` at `temperature` only.
     """
     examples = text.load(split)
     rows = np.arange(min(config.prompts, len(examples)))
-    score = _scorer(text, reference, reward, reward_params, examples, config.batch, temperature)
+    score = _scorer(text, reference, reward, reward_params, examples, config.batch, temperature, numbered)
     others = [other for other in config.temperatures if other != temperature]
     root = jax.random.fold_in(jax.random.key(folder.seed), 5)
     writers = {start: Writer(reference), **policies, **points}
@@ -91,6 +94,9 @@ def evaluate_policies(
                 batch=config.batch,
             )
             scores = score(rows, out, (0, *range(most, len(temperatures))))
+            if reward is None and judge is not None:
+                texts = text.decode(out["token_BGC"], out["mask_BGC"])
+                scores = np.asarray(judge(examples)(rows, texts), np.float64), scores[1]
             found += _measure(label, out, temperatures, most, best_of, scores, text, rows, gold(examples))
         metrics = {
             f"{policy.name}/{field}": float(getattr(policy, field).mean())
@@ -102,7 +108,16 @@ def evaluate_policies(
     return _from_arrays(run_once(split, folder=folder, compute=compute))
 
 
-def _scorer(text, reference, reward, reward_params, examples: Examples, batch: int, temperature: float):
+def _scorer(
+    text,
+    reference,
+    reward,
+    reward_params,
+    examples: Examples,
+    batch: int,
+    temperature: float,
+    numbered: bool,
+):
     """(rows, generation, kept) -> reward (None without one) and log-probability under the reference, each [B, G].
 
     The latter only of groups of columns with one of `kept` in them; 0 elsewhere.
@@ -132,7 +147,8 @@ def _scorer(text, reference, reward, reward_params, examples: Examples, batch: i
                 cell = np.ix_(index, columns)
                 shape = len(index), len(columns)
                 if rewards is not None:
-                    total[0][cell] = fetch(rewards(reward_params, branches))[: shape[0], : shape[1]]
+                    index_B = (prompts.index_B,) if numbered else ()
+                    total[0][cell] = fetch(rewards(reward_params, branches, *index_B))[: shape[0], : shape[1]]
                 if not set(kept).isdisjoint(columns):
                     total[1][cell] = fetch(logp_ref(reference, branches))[: shape[0], : shape[1]]
         return None if rewards is None else total[0], total[1]

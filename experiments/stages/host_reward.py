@@ -15,7 +15,7 @@ import numpy as np
 from experiments.loop import Show, run_stage
 from experiments.options import did_you_mean
 from experiments.stages import policy
-from experiments.stages.configs import GRPOStage, HostRewards, PPOStage
+from experiments.stages.configs import HostRewards
 from experiments.stages.policy import MakeLearner, Problem
 from experiments.stages.preferences import Gold
 from experiments.stages.text import Examples
@@ -126,7 +126,7 @@ def _submit(
 
 def optimise_policy(
     name: str,
-    config: PPOStage | GRPOStage,
+    config: policy.Config,
     make_learner: MakeLearner,
     problem: Problem,
     pool: RewardPool,

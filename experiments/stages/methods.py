@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from experiments.stages import offline, policy
+from experiments.stages import host_reward, offline, policy
 from experiments.stages.configs import (
     DPOStage,
     GRPOStage,
@@ -18,6 +18,7 @@ from experiments.stages.pairs import check_pairs, train_on_pairs
 from experiments.stages.policy import Learner, Problem
 from experiments.stages.preferences import Judged
 from experiments.stages.ratings import Rated
+from experiments.stages.task import OnHost
 from experiments.stages.text import Writer
 from rlhfjax.config import DPO
 from rlhfjax.networks import LanguageModel
@@ -48,28 +49,39 @@ def learns_from_ratings(config: Stage) -> bool:
     return isinstance(config, offline.Config)
 
 
+def learns_from_samples(config: Stage) -> bool:
+    """Whether the method learns from recorded samples of the start: pairs of them, or their ratings."""
+    return isinstance(config, DPOStage) or learns_from_ratings(config)
+
+
 def optimise(
     name: str,
     config: Stage,
     problem: Problem,
-    judged: Judged,
+    judged: Callable[[], Judged],
     rated: Callable[[], Rated],
     critic_trunk: dict,
     folder: RunFolder,
+    *,
+    on_host: OnHost | None = None,
 ) -> Writer:
     """Runs the method in the stage `name`; returns the policy.
 
-    `critic_trunk` is what PPO's critic and ILQL's values start from, usually the reward model's. `rated` is called by
-    the methods that learn from rated samples.
+    `critic_trunk` is what PPO's critic and ILQL's values start from, usually the reward model's. `judged` is called by
+    the methods that learn from pairs, `rated` by those that learn from rated samples. `on_host`: the reward in Python,
+    for a problem without one on the device.
     """
     if isinstance(config, DPOStage):
-        return Writer(train_on_pairs(name, config, problem, judged, folder))
+        return Writer(train_on_pairs(name, config, problem, judged(), folder))
     if isinstance(config, SoftQStage):
         return offline.train_soft_q(name, config, problem, rated(), folder)
     if isinstance(config, ILQLStage):
         return offline.train_values(config, problem, rated(), critic_trunk, folder)
 
     learner = partial(make_learner, config=config, problem=problem, critic_trunk=critic_trunk)
+    if on_host is not None:
+        given = on_host.pool, folder, on_host.settings
+        return Writer(host_reward.optimise_policy(name, config, learner, problem, *given))
     return Writer(policy.optimise_policy(name, config, learner, problem, folder))
 
 

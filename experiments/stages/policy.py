@@ -37,7 +37,7 @@ from rlhfjax.recipes import (
 from rlhfjax.run_folder import RunFolder
 
 Config = PPOStage | GRPOStage | OnlineDPOStage | RAFTStage
-Reward = Callable[[Any, Branches], jax.Array]
+Reward = Callable[..., jax.Array]  # (params, branches) -> float [B, G]
 
 COLUMNS = {
     "objective/score": "reward",
@@ -56,19 +56,15 @@ class Problem:
 
     text: Text
     reference: dict  # the fine-tuned policy
-    # lm -> ((params, branches) -> float [B, G]); None: on the host
+    # None: on the host
     reward: Callable[[LanguageModel], Reward] | None
     reward_params: Any
     examples: Examples
     rows: np.ndarray  # the prompts to draw from
     # (rows, texts) -> [B, G]; never learnt from, unless it is the reward on the host
     gold: Callable[[np.ndarray, list[list[str]]], np.ndarray]
-
-    def on_device(self) -> Callable[[LanguageModel], Reward]:
-        """The reward. Raises ValueError where it is on the host."""
-        if self.reward is None:
-            raise ValueError("this needs a reward on the device, and the problem's is on the host")
-        return self.reward
+    # Whether the reward asks for the prompts' numbers too: (params, branches, index_B) -> float [B, G]
+    numbered: bool = False
 
 
 class Learner(NamedTuple):
@@ -222,6 +218,7 @@ def compose(lm: LanguageModel, config: Config, learner: Learner, problem: Proble
         learner.algorithm,
         learner.as_batch,
         reward=None if problem.reward is None else problem.reward(lm),
+        numbered=problem.numbered,
         samples=config.samples,
         max_new_tokens=text.config.completion_length,
         stop_tokens=text.stop_tokens,

@@ -112,9 +112,11 @@ def collect_preferences(
     rows: np.ndarray,
     gold: Gold,
     folder: RunFolder,
+    *,
+    score: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray] | None = None,
 ) -> Judged:
     """Samples the policy on the first prompts of `rows` and draws a label for every pair of samples, by their gold
-    scores."""
+    scores or, where it is given, by `score(rows, token_BGC, mask_BGC) -> [B, G]`."""
     check(config, len(rows))
     rows = rows[: config.prompts]
 
@@ -124,8 +126,9 @@ def collect_preferences(
         out = sample_policy(text, Writer(policy), examples, rows, key, temperatures=temperatures)
         texts = text.decode(out["token_BGC"], out["mask_BGC"])
         gold_BG = np.asarray(gold(rows, texts), np.float64)
+        score_BG = gold_BG if score is None else score(rows, out["token_BGC"], out["mask_BGC"])
         preferences = draw_preferences(
-            gold_BG, temperature=config.label_temperature, seed=folder.seed, same_BK=same_pairs(texts)
+            score_BG, temperature=config.label_temperature, seed=folder.seed, same_BK=same_pairs(texts)
         )
         arrays = {"token": out["token_BGC"], "mask": out["mask_BGC"], "gold": gold_BG}
         arrays |= {"label": preferences.label_BK, "counts": preferences.mask_BK}

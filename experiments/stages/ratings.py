@@ -1,6 +1,6 @@
-"""Samples of the fine-tuned policy with the reward model's score of each: recorded data, for methods that sample none.
+"""Samples of the fine-tuned policy with the reward of each: recorded data, for methods that sample none.
 
-The score is the reward that PPO optimises, normalised alike; the gold scorer is not asked.
+The score is the reward that PPO optimises, normalised alike; the gold scorer is not asked, unless it is that reward.
 
 Shapes: B prompts, G samples of each, C completion length.
 """
@@ -67,7 +67,7 @@ def rate(
                 )
             )
         token, mask = (np.concatenate([part[name] for part in parts]) for name in ("token_BGC", "mask_BGC"))
-        reward = _rewards(problem, rows, token, mask)
+        reward = rewards_of(problem, rows, token, mask)
         finished = np.any(np.isin(token, problem.text.stop_tokens) & mask, axis=2)
         penalty = config.missing_eos_penalty
         score = reward if penalty is None else np.where(finished, reward, np.float32(penalty))
@@ -94,18 +94,17 @@ def branches_at(
     return Branches(*text.batch(examples, rows)[:2], *completions)
 
 
-def _rewards(problem: Problem, rows: np.ndarray, token: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The reward of every completion, float32 [B, G]."""
-    reward = problem.text.jit(problem.on_device())
+def rewards_of(problem: Problem, rows: np.ndarray, token: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The reward of every completion of the prompts numbered `rows`, on the device or the host; float32 [B, G]."""
+    if problem.reward is None:
+        return np.asarray(problem.gold(rows, problem.text.decode(token, mask)), np.float32)
+    reward = problem.text.jit(problem.reward)
+
+    def of_part(part: np.ndarray) -> np.ndarray:
+        branches = branches_at(problem.text, problem.examples, rows[part], token[part], mask[part])
+        index = (problem.text.rows(jnp.asarray(rows[part], jnp.int32)),) if problem.numbered else ()
+        return fetch(reward(problem.reward_params, branches, *index))
+
     # The last part is filled up, so that nothing compiles twice.
     parts = np.resize(np.arange(len(rows)), (-(-len(rows) // BATCH), BATCH))
-    found = [
-        fetch(
-            reward(
-                problem.reward_params,
-                branches_at(problem.text, problem.examples, rows[part], token[part], mask[part]),
-            )
-        )
-        for part in parts
-    ]
-    return np.concatenate(found)[: len(rows)]
+    return np.concatenate([of_part(part) for part in parts])[: len(rows)]

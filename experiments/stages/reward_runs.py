@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from experiments.stages import finetune, host_reward, methods, policy, report, text
 from experiments.stages.configs import RatingStage
 from experiments.stages.preferences import Gold
-from experiments.stages.prepare import prepare
+from experiments.stages.prepare import Sections, prepare
+from experiments.stages.task import Task
 from experiments.stages.text import Examples, Text, Writer
 from rlhfjax.report import Section
 from rlhfjax.rewards import RewardPool
@@ -55,17 +56,11 @@ def on_learned_reward(
 ) -> Made:
     """Labels pairs by the functions, learns a reward model of them, and optimises that."""
     gold_of = _gold_of(pool, config.preferences.samples * _PROMPTS_AT_ONCE)
-    prepared = prepare(
-        config.text,
-        config.sft,
-        config.preferences,
-        config.reward_model,
-        RatingStage(),
-        config.evaluation,
-        {name: stage},
-        folder,
-        gold_of,
+    sections = Sections(
+        config.text, config.sft, config.preferences, config.reward_model, RatingStage(), config.evaluation
     )
+    prepared = prepare(sections, Task("the reward", gold_of), {name: stage}, folder)
+    assert prepared.learned is not None
     tuned, problem = prepared.optimise(name, stage), prepared.problem
     measured = folder.metrics("reward_model_heldout")[0]
     return Made(
