@@ -1,7 +1,7 @@
 """Guards of a stage of policy optimisation: what they look at, what they do, and what the report says of them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,10 @@ MEAN = "/mean"
 PREFIX = "guard/"
 
 
-def check(config: Config, *, coefficient: bool = True, why_not: str = "") -> None:
+def check(config: Config, *, why_not: str = "") -> None:
     """Raises ValueError where a guard cannot be read, its function cannot be found, or its action cannot be done.
 
-    coefficient: whether the method has a KL coefficient that can be raised; `why_not`: why it has none, in words.
+    why_not: why the method has no KL coefficient that can be raised, in words; empty where it has.
     """
     guards = [parse_guard(text) for text in config.watch]
     for name in ("window", "patience", "every"):
@@ -38,7 +38,7 @@ def check(config: Config, *, coefficient: bool = True, why_not: str = "") -> Non
             f"guards.most={config.most} in order, from 0 up: each raise makes the KL coefficient larger"
         )
     for guard in guards:
-        if guard.action == "raise" and not coefficient:
+        if guard.action == "raise" and why_not:
             raise ValueError(f"guard {guard.text!r} cannot raise the KL coefficient: {why_not}")
     functions_of(guards)
 
@@ -82,14 +82,13 @@ class Guarding:
         return 2 + math.ceil(back / checkpoint_every)
 
     def scores(
-        self, step: int, examples: Examples, index: Sequence[int], texts: Callable[[], list[list[str]]]
+        self, step: int, examples: Examples, index: Sequence[int] | np.ndarray, texts: list[list[str]]
     ) -> dict[str, float]:
         """Metrics of the functions of texts: means over the completions that they apply to, NaN at steps between."""
         if not self._functions or (step - 1) % self.config.every:
             return dict.fromkeys(self._functions, math.nan)
-        groups = texts()
-        rows = [row for row, group in zip(index, groups, strict=True) for _ in group]
-        completions = [text for group in groups for text in group]
+        rows = [row for row, group in zip(index, texts, strict=True) for _ in group]
+        completions = [text for group in texts for text in group]
         prompts, references = (
             [column[row] for row in rows] for column in (examples.prompts, examples.references)
         )

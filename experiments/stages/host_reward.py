@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.loop import Show, run_stage
 from experiments.options import did_you_mean
-from experiments.stages import policy
+from experiments.stages import guards, policy
 from experiments.stages.configs import HostRewards
 from experiments.stages.policy import MakeLearner, Problem
 from experiments.stages.preferences import Gold
@@ -164,6 +164,7 @@ def optimise_policy(
     )
     frozen = Frozen(problem.reference, None)
     key = policy.run_key(folder.seed)
+    guarding = guards.Guarding(config.guards)
 
     def one_batch(step: int) -> tuple[Prompts, jax.Array]:
         rows = problem.rows[batch_indices(folder.seed, step, config.prompts, len(problem.rows))]
@@ -175,6 +176,7 @@ def optimise_policy(
 
     def step(state: State, batches, i: int):
         this, following = batches
+        state = state._replace(learner=guarding.raise_in(state.learner, i))
         made = iteration(state.learner, frozen, this, following if ahead else None, state.ahead)
         generated = made.experience.generation.mask_BGC.sum(dtype=jnp.float32)
         metrics = made.metrics | {
@@ -184,8 +186,10 @@ def optimise_policy(
         return State(made.state, made.ahead), metrics, (this[0].index_B, made.experience)
 
     def measure(i: int, seen) -> dict[str, float]:
-        del i
-        return {"perf/model_flops": learner.passes.flops(text.lm.config, seen[1].branches, reward=False)}
+        index, (branches, generation, _) = seen
+        flops = learner.passes.flops(text.lm.config, branches, reward=False)
+        texts = text.decode(*(x[:, : config.samples] for x in (generation.token_BGC, generation.mask_BGC)))
+        return {"perf/model_flops": flops} | guarding.scores(i, examples, index, texts)
 
     def samples(i: int, seen) -> list[dict[str, Any]]:
         del i
@@ -202,7 +206,10 @@ def optimise_policy(
         batch=lambda step: (one_batch(step), one_batch(step + 1)),
         steps=config.steps,
         checkpoint_every=rewards.checkpoint_every,
+        keep=guarding.keep(rewards.checkpoint_every),
+        nullable=guarding.nullable,
         show=Show(columns=policy.COLUMNS, every=1, measure=measure, samples=samples, samples_every=25),
+        watch=guarding.watch,
     )
     trained = state.learner
     return learner.policy(evaluation_params(trained.opt_state, trained.params))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.loop import Show, run_stage
+from experiments.stages import guards
 from experiments.stages.configs import GRPOStage, OnlineDPOStage, PPOStage, RAFTStage
 from experiments.stages.text import Examples, Text
 from rlhfjax.algorithms import Algorithm, dpo, evaluation_params, grpo, make_optimizer, ppo, sft
@@ -171,6 +172,17 @@ def check(config: Config, available: int) -> None:
             "least 2 (grpo: or another baseline and scale)"
         )
     _algorithm(config, _never)
+    check_guards(config)
+
+
+def check_guards(config: Config) -> None:
+    """Raises ValueError where the guards of a stage cannot be read, or ask for what its method has not."""
+    why_not = ""
+    if isinstance(config, OnlineDPOStage | RAFTStage):
+        why_not = f"{_method(config)} keeps none that may change"
+    elif config.algorithm.kl_coefficient is None:
+        why_not = "algorithm.kl_coefficient is None; give 0.0 to begin without"
+    guards.check(config.guards, why_not=why_not)
 
 
 def _never(*_: Any) -> Any:
@@ -239,6 +251,7 @@ def optimise_policy(
     iterate = text.jit(lambda lm: compose(lm, config, make_learner(lm), problem).iterate, donate_argnums=(0,))
     key = run_key(folder.seed)
     frozen = Frozen(problem.reference, problem.reward_params)
+    guarding = guards.Guarding(config.guards)
 
     def init():
         return text.init(learner.algorithm.init, learner.params)
@@ -251,25 +264,27 @@ def optimise_policy(
     trained = np.float32(per_step * getattr(config.algorithm, "epochs", 1))
 
     def step(state, prompts, i):
+        state = guarding.raise_in(state, i)
         state, metrics, experience = iterate(state, frozen, prompts, jax.random.fold_in(key, i))
         generated = experience.generation.mask_BGC.sum(dtype=jnp.float32)
         metrics |= {"perf/generated_tokens": generated, "perf/trained_tokens": trained}
         return state, metrics, (prompts.index_B, experience)
 
-    def score_texts(experience: tuple[np.ndarray, Experience]):
-        index, (branches, _, _) = experience
-        texts = text.decode(*(np.asarray(x)[:, : config.samples] for x in branches[2:]))
-        return texts, np.asarray(problem.gold(index, texts))
+    def texts_of(experience: tuple[np.ndarray, Experience]):
+        branches = experience[1].branches
+        return text.decode(*(np.asarray(x)[:, : config.samples] for x in branches[2:]))
 
     def measure(i: int, experience) -> dict[str, float]:
-        del i
         flops = learner.passes.flops(text.lm.config, experience[1].branches, reward=True)
-        return {"gold": float(score_texts(experience)[1].mean()), "perf/model_flops": flops}
+        index, texts = experience[0], texts_of(experience)
+        gold = float(np.mean(problem.gold(index, texts)))
+        return {"gold": gold, "perf/model_flops": flops} | guarding.scores(i, examples, index, texts)
 
     def samples(i: int, experience) -> list[dict[str, Any]]:
         del i
         index, (_, _, score) = experience
-        texts, golds = score_texts(experience)
+        texts = texts_of(experience)
+        golds = np.asarray(problem.gold(index, texts))
         return sample_rows(examples, index, texts, {"reward": score, "gold": golds})
 
     state = run_stage(
@@ -280,7 +295,10 @@ def optimise_policy(
         batch=batch,
         steps=config.steps,
         checkpoint_every=25,
+        keep=guarding.keep(25),
+        nullable=guarding.nullable,
         show=Show(columns=COLUMNS, every=1, measure=measure, samples=samples, samples_every=25),
+        watch=guarding.watch,
     )
     return learner.policy(evaluation_params(state.opt_state, state.params))
 

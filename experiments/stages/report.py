@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.stages import guards
 from experiments.stages.evaluation import Comparison, Policy
 from experiments.stages.reward import Learned
 from experiments.stages.text import Examples
@@ -158,6 +159,7 @@ def policy_optimisation_section(
         for label, name, title in PANELS
         if name in metrics[0]
     ]
+    panels += guards.panels(metrics)
     curves = plot_panels(_figures(folder) / f"{stage}.png", panels)
     figures = [(curves, f"{stage}, a point a step")]
     if "gold" in metrics[0]:
@@ -181,7 +183,7 @@ def policy_optimisation_section(
             f" The largest gap between a log-probability kept while decoding and that of the training forward: "
             f"{gap:.1e}{', parameters one update old against those of now' if ahead else ''}."
         )
-    return Section("Policy optimisation", text, figures=figures)
+    return Section("Policy optimisation", text + guards.told(metrics), figures=figures)
 
 
 def _overoptimisation(
