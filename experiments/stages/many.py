@@ -90,6 +90,10 @@ def _numbers(listed: str) -> list[float]:
 
 def check_grid(config: PPOStage, grid: Grid, available: int) -> None:
     """Raises ValueError where a run of the grid could not be made."""
+    if config.guards.watch:
+        raise ValueError(
+            "guards look at one run, and a sweep is many in one program: leave ppo.guards.watch empty"
+        )
     for value_H in grid.value_RH[:: grid.seeds]:
         check(with_values(config, grid.names, [float(x) for x in value_H]), available)
 
