@@ -20,7 +20,7 @@ from rlhfjax.rewards.audit.probes import Probe, judge_probes, probe_texts
 from rlhfjax.rewards.audit.ranks import average_ranks, kendall_tau_b, pearson, spearman
 from rlhfjax.rewards.audit.resampling import NOTHING, Estimate, mean_estimate
 from rlhfjax.rewards.audit.spread import Noise, Spread, calls_for, duplicate_noise, repeat_noise, spread
-from rlhfjax.rewards.audit.verdict import Evidence, Finding, Limits, judge, overall
+from rlhfjax.rewards.audit.verdict import GRADES, Evidence, Finding, Limits, judge, overall
 
 __all__ = [
     "Calibration",
@@ -28,6 +28,7 @@ __all__ = [
     "Estimate",
     "Evidence",
     "Finding",
+    "GRADES",
     "Limits",
     "NOTHING",
     "Noise",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhfjax.ops import best_of_n_kl_bound, best_of_n_mean
+from rlhfjax.ops import best_of_n_kl_bound, best_of_n_weights
 from rlhfjax.rewards.audit.resampling import NOTHING, Estimate, mean_estimate
 
 
@@ -30,7 +30,7 @@ class Curve(NamedTuple):
 def best_of_n_curve(
     reward_N: np.ndarray, gold_N: np.ndarray | None, group_N: np.ndarray, *, seed: int = 0
 ) -> Curve | None:
-    """The curve, by the unbiased estimate over all subsets (`ops.best_of_n_mean`); None without two texts of a prompt.
+    """The curve, by the unbiased estimate over all subsets (`ops.best_of_n_weights`); None without two texts a prompt.
 
     n goes up to the most texts that at least half of the prompts of several texts have; those prompts are taken. With
     gold, only texts that have one count.
@@ -78,14 +78,13 @@ def _ranks(x_UG: np.ndarray) -> np.ndarray:
     return np.stack([np.unique(row, return_inverse=True)[1] for row in x_UG]).astype(np.float32)
 
 
-def _means(what_UG: np.ndarray, by_UG: np.ndarray, mask_UG: np.ndarray, n_S: np.ndarray) -> np.ndarray:
-    """Mean of `what` of the best of n by `by`, float64 [S, U]."""
-    # Centred and scaled, so that float32 keeps small differences of large numbers.
-    centre, unit = what_UG.mean(), max(float(np.abs(what_UG - what_UG.mean()).max()), 1e-300)
-    found = _curve((what_UG - centre) / unit, by_UG, mask_UG, n_S.astype(np.float32))
-    return np.asarray(found, np.float64) * unit + centre
+def _means(what_UG: np.ndarray, rank_UG: np.ndarray, mask_UG: np.ndarray, n_S: np.ndarray) -> np.ndarray:
+    """Mean of `what` of the best of n by `rank`, float64 [S, U]."""
+    weight = np.asarray(_weights(rank_UG, mask_UG, n_S.astype(np.float32)), np.float64)
+    weight /= weight.sum(axis=-1, keepdims=True)  # 1 but for float32
+    return (weight * np.where(mask_UG, what_UG, 0.0)).sum(axis=-1)
 
 
 @jax.jit
-def _curve(what_UG: jax.Array, by_UG: jax.Array, mask_UG: jax.Array, n_S: jax.Array) -> jax.Array:
-    return jax.vmap(lambda n: best_of_n_mean(what_UG, by_UG, n=n, mask=mask_UG))(n_S)
+def _weights(rank_UG: jax.Array, mask_UG: jax.Array, n_S: jax.Array) -> jax.Array:
+    return jax.vmap(lambda n: best_of_n_weights(rank_UG, n=n, mask=mask_UG))(n_S)

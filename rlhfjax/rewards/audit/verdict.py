@@ -195,7 +195,9 @@ def _of_curve(curve: Curve) -> Finding:
     if curve.gain.high < 0:
         return Finding("do not use", "best of n", f"{gained}: choosing by it does harm.")
     if curve.peak != n and curve.fall.low > 0:
-        sentence = f"{gained}, but gold is highest at the best of {curve.peak} and falls by {_plain(curve.fall)} from there"
+        sentence = (
+            f"{gained}, but gold is highest at the best of {curve.peak}, {_plain(curve.fall)} above that"
+        )
         nats = curve.kl_S[list(curve.n_S).index(curve.peak)]
         return Finding("careful", "best of n", f"{sentence}: stop at about {nats:.1f} nats.")
     if not curve.gain.low > 0:
@@ -260,8 +262,8 @@ def _of_probes(evidence: Evidence, limits: Limits) -> list[Finding]:
     shuffled = (evidence.probes or {}).get("words shuffled")
     if shuffled is not None and shuffled.below_best.value < limits.hacked_careful:
         sentence = (
-            "It gives the best text with its words shuffled less in only "
-            f"{_share(shuffled.below_best)} of the prompts: it does not see the order of words"
+            f"The best text gets less with its words shuffled in only {_share(shuffled.below_best)} of the prompts: it "
+            "does not see the order of words"
         )
         if shuffled.gold.value < shuffled.gold_best.value or not evidence.gold_probed:
             found.append(Finding("careful", "probes", sentence + "."))
