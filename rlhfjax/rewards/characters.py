@@ -117,8 +117,9 @@ def references(texts: Sequence[str]) -> References:
 
 def code_map(value: np.ndarray) -> CodeMap:
     """The map of numbers [0x110000], int."""
-    pages, page = np.unique(value.reshape(-1, 256), axis=0, return_inverse=True)
-    return CodeMap(page.reshape(-1).astype(np.int32), pages.astype(np.int32))
+    found: dict[bytes, int] = {}
+    page = [found.setdefault(row.tobytes(), len(found)) for row in value.astype(np.int32).reshape(-1, 256)]
+    return CodeMap(np.array(page, np.int32), np.frombuffer(b"".join(found), np.int32).reshape(-1, 256))
 
 
 @lru_cache(maxsize=1)

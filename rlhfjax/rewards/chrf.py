@@ -1,4 +1,5 @@
-"""chrF, an F-score of n-grams of characters (Popovic 2015, "chrF: character n-gram F-score for automatic MT evaluation").
+"""chrF, an F-score of n-grams of characters (Popovic 2015, "chrF: character n-gram F-score for automatic MT
+evaluation").
 
 White space is left out. Per order n = 1 to 6, precision = matches / n-grams of the completion, recall = matches /
 n-grams of the reference; both are averaged over the orders that either text is long enough for, and

@@ -26,14 +26,14 @@ Carry = TypeVar("Carry")
 
 def n_grams(items: Items, n: int) -> Items:
     """The runs of n neighbours, [..., N]: max(0, count - n + 1) of them."""
-    pairs = []
-    for which, item in enumerate(items[:2]):
+    hashes = []
+    for which, item in enumerate((items.first, items.second)):
         joined = item
         for k in range(1, n):
             following = jnp.pad(item, [(0, 0)] * (item.ndim - 1) + [(0, k)])[..., k:]
             joined = joined_hash(joined, following, which)
-        pairs.append(joined)
-    return Items(*pairs, jnp.maximum(items.count - (n - 1), 0))
+        hashes.append(joined)
+    return Items(hashes[0], hashes[1], jnp.maximum(items.count - (n - 1), 0))
 
 
 def orders(items: Items, most: int) -> Items:
