@@ -54,6 +54,7 @@ class Compared:
     folder: RunFolder
     parts: Sequence[RunFolder]  # of each seed
     prepared: Prepared  # of the first seed
+    writers: Sequence[Mapping[str, Writer]]  # of each seed: the start, and every method's policy
     found: Mapping[str, Sequence[Sequence[Policy]]]  # split -> seed -> policy
     merged: Mapping[str, Sequence[Policy]]  # split -> policy, means over the seeds
     measured: Mapping[
@@ -146,15 +147,16 @@ def compare_methods(config: Any, task: Task, folder: RunFolder, loaded: Text | N
     temperature = one_temperature(stages)
     if config.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {config.seeds}")
-    parts, prepared, found = [], [], []
+    parts, prepared, writers, found = [], [], [], []
     for seed in range(folder.seed, folder.seed + config.seeds):
         path = folder.path / f"seed-{seed}"
         path.mkdir(exist_ok=True)
         parts.append(replace(folder, path=path, seed=seed))
         parts[-1].repair()
         print(f"seed {seed}, in {path}", flush=True)
-        before, by_split = run_seed(config, task, stages, temperature, parts[-1], loaded)
+        before, tuned, by_split = run_seed(config, task, stages, temperature, parts[-1], loaded)
         prepared.append(before)
+        writers.append({before.start: Writer(before.problem.reference), **tuned})
         found.append(by_split)
     splits = {split: [by_split[split] for by_split in found] for split in found[0]}
     first = prepared[0]
@@ -166,7 +168,7 @@ def compare_methods(config: Any, task: Task, folder: RunFolder, loaded: Text | N
         for split, of_split in splits.items()
     }
     merged = {split: merge(of_split) for split, of_split in splits.items()}
-    return Compared(task, temperature, stages, folder, parts, first, splits, merged, measured)
+    return Compared(task, temperature, stages, folder, parts, first, writers, splits, merged, measured)
 
 
 def _measure(score: Any, policies: Sequence[Policy]) -> np.ndarray:
@@ -212,15 +214,15 @@ def run_seed(
     temperature: float,
     folder: RunFolder,
     loaded: Text | None = None,
-) -> tuple[Prepared, dict[str, list[Policy]]]:
-    """All stages of one seed: what the methods started from, and the policies by split."""
+) -> tuple[Prepared, dict[str, Writer], dict[str, list[Policy]]]:
+    """All stages of one seed: what the methods started from, what they made of it, and the policies by split."""
     prepared = prepare(Sections.of(config), task, stages, folder, loaded)
     tuned = {name: prepared.optimise(name, stage) for name, stage in stages.items()}
     points: dict[str, Writer] = {}
     for name, stage in stages.items():
         points |= curve(name, stage, tuned[name])
     found = {split: prepared.evaluate(split, tuned, points, temperature) for split in prepared.heldout}
-    return prepared, found
+    return prepared, tuned, found
 
 
 def merge(found: Sequence[Sequence[Policy]]) -> list[Policy]:
