@@ -9,6 +9,7 @@ import pytest
 
 from experiments.make_debian_data import (
     choose_lists,
+    kept,
     read_descriptions,
     read_packages,
     split_of,
@@ -145,3 +146,30 @@ def test_the_shipped_file_is_what_its_attribution_says(tmp_path):
     content = (tmp_path / "a.gz").read_bytes()
     assert (tmp_path / "b.gz").read_bytes() == content
     assert content[4:8] == bytes(4)  # gzip's time stamp
+
+
+@pytest.mark.parametrize(
+    ("language", "counts"),
+    [("de", (21_654, 1_116, 1_131)), ("fr", (22_770, 1_108, 1_198)), ("it", (25_562, 1_184, 1_225))],
+)
+def test_the_shipped_translations_are_what_the_attribution_says(language, counts):
+    path = ASSET.parent / f"debian_en_{language}.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    assert Counter(row["split"] for row in rows) == dict(
+        zip(("train", "validation", "test"), counts, strict=True)
+    )
+    assert all(row["split"] == split_of(row["source"]) for row in rows)
+    assert all(kept(row["source"], language) for row in rows)
+    assert len({row["source_text"] for row in rows}) == len(rows)
+    assert {tuple(row) for row in rows} == {("split", "package", "source", "source_text", "target_text")}
+    told = (ASSET.parent / "ATTRIBUTION.md").read_text()
+    assert f"| {counts[0]:,} | {counts[1]:,} | {counts[2]:,} |" in told
+
+
+def test_three_tenths_of_the_italian_packages_are_kept():
+    sources = [f"package-{i}" for i in range(2000)]
+    assert sum(kept(source, "it") for source in sources) / 2000 == pytest.approx(0.3, abs=0.03)
+    assert all(kept(source, "de") for source in sources)
+    # What is kept does not depend on the split: each has its tenths.
+    tested = [source for source in sources if split_of(source) == "test"]
+    assert 0.15 < sum(kept(source, "it") for source in tested) / len(tested) < 0.45
