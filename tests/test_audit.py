@@ -9,7 +9,7 @@ from scipy import stats as scipy_stats
 
 from rlhfjax.ops import best_of_n_mean
 from rlhfjax.rewards import audit
-from rlhfjax.rewards.audit.resampling import estimate_of_sums
+from rlhfjax.rewards.audit.resampling import estimate_of_items, estimate_of_sums
 
 stats: Any = scipy_stats  # its results are told by name
 RNG = np.random.default_rng(0)
@@ -88,11 +88,19 @@ def test_rank_correlation_leaves_out_what_is_unknown():
     x, y = COARSE.copy(), FINE.copy()
     x[3] = y[8] = np.nan
     known = np.isfinite(x) & np.isfinite(y)
-    spearman = audit.rank_correlation(x, y, GROUP)
-    kendall = audit.rank_correlation(x, y, GROUP, kind="kendall")
+    spearman, kendall = audit.spearman_estimate(x, y, GROUP), audit.kendall_estimate(x, y, GROUP)
     assert spearman.value == pytest.approx(stats.spearmanr(x[known], y[known]).statistic)
     assert kendall.value == pytest.approx(stats.kendalltau(x[known], y[known]).statistic)
-    assert spearman.low < spearman.value < spearman.high
+    assert spearman.low < spearman.value < spearman.high and kendall.low < kendall.value < kendall.high
+    assert np.isnan(audit.spearman_estimate(np.ones(GROUP.size), y, GROUP).value)
+
+
+def test_the_interval_of_spearmans_is_near_that_of_ranks_drawn_anew():
+    group = np.repeat(np.arange(40), 5)
+    x = np.random.default_rng(3).normal(size=group.size)
+    y = x + np.random.default_rng(4).normal(size=group.size)
+    anew = estimate_of_items(group, lambda i: audit.spearman(x[i], y[i]), resamples=400)
+    assert audit.spearman_estimate(x, y, group) == pytest.approx(anew, abs=0.02)
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e40])
@@ -217,6 +225,7 @@ def test_probes_are_made_of_the_honest_texts():
     assert [sorted(text.split()) for text in found["words shuffled"]] == [["a", "b", "c"], ["e", "f"]]
     assert found["longest of all texts"] == ["g h i j"] * 2 and found["prompt copied"] == ["p q", "r"]
     assert found["keywords alone"] == ["k k k k"] * 2
+    assert found["one keyword over and over"][1].split() == ["k"] * 32
     assert found["worst text and keywords"] == ["d k k k k", "e f k k k k"]
     assert "keywords alone" not in audit.probe_texts(["p q", "r"], texts, group, reward, [])
     with pytest.raises(ValueError, match="prompt 1 has no text with a reward"):

@@ -16,6 +16,7 @@ from rlhfjax.rewards import audit
 from rlhfjax.rewards.audit import NOTHING, Estimate, Evidence, Finding
 from rlhfjax.run_folder import RunFolder
 
+Features = Mapping[str, tuple[Estimate, Estimate]]
 QUICK = 1e-3  # seconds of a text below which nobody waits for a reward
 
 
@@ -173,14 +174,23 @@ def score_gold_probes(
     return run_once(f"gold_probes_{stage}", folder=folder, compute=compute)
 
 
+def features_of(gold_N: np.ndarray, texts: Texts) -> Features | None:
+    """How gold goes with the features; None without gold."""
+    if not np.isfinite(gold_N).any():
+        return None
+    features = audit.shallow_features(texts.prompts_N, texts.texts)
+    return audit.feature_correlations(gold_N, features, texts.group_N)
+
+
 def measure(
     reward: Reward,
     scores: Scores,
     texts: Texts,
     gold_N: np.ndarray,
     gold_probes: Mapping[str, np.ndarray] | None,
+    of_gold: Features | None,
 ) -> Measured:
-    """All statistics of one reward."""
+    """All statistics of one reward. `of_gold`: gold's own correlations with the features, where there is gold."""
     group, reward_N = texts.group_N, scores.reward_N
     pairs = audit.gold_pairs(gold_N, group)
     pairs = audit.Pairs(*(np.r_[a, b].astype(np.int64) for a, b in zip(pairs, texts.pairs, strict=True)))
@@ -196,7 +206,7 @@ def measure(
         audit.within_prompt_tau(reward_N, gold_N, group) if has_gold else NOTHING,
         audit.best_of_n_curve(reward_N, gold_N if has_gold else None, group),
         audit.feature_correlations(reward_N, features, group),
-        audit.feature_correlations(gold_N, features, group) if has_gold else None,
+        of_gold,
         audit.judge_probes(scores.probes, reward_N, group, gold_probes, gold_N if has_gold else None),
         gold_probes is not None,
     )
@@ -205,8 +215,8 @@ def measure(
         scores,
         evidence,
         audit.judge(evidence),
-        audit.rank_correlation(reward_N, gold_N, group) if has_gold else NOTHING,
-        audit.rank_correlation(reward_N, gold_N, group, kind="kendall") if has_gold else NOTHING,
+        audit.spearman_estimate(reward_N, gold_N, group) if has_gold else NOTHING,
+        audit.kendall_estimate(reward_N, gold_N, group) if has_gold else NOTHING,
         calibrated.temperature,
         len(pairs.winner_K),
         calibration(calibrated.probability_K, calibrated.right_K, bins=20) if len(calibrated.right_K) else [],

@@ -41,13 +41,13 @@ def run(config: Any, folder: RunFolder) -> dict[str, float]:
     if gold is not None:
         gold_name = "ROUGE-L" if gold.source == ROUGE else gold.label
         gold_N = audit_measure.score_gold(gold, texts, calls, folder)
-    found = []
+    found, of_gold = [], audit_measure.features_of(gold_N, texts)
     for reward in rewards:
         scores = audit_measure.ask(reward, texts, calls, config.again, config.timed, folder)
         probes = None
         if gold is not None:
             probes = audit_measure.score_gold_probes(gold, scores, texts, calls, reward.stage, folder)
-        found.append(audit_measure.measure(reward, scores, texts, gold_N, probes))
+        found.append(audit_measure.measure(reward, scores, texts, gold_N, probes, of_gold))
         print(f"{reward.label}: {found[-1].verdict}", flush=True)
     write_report(
         folder.path,

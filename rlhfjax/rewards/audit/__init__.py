@@ -9,9 +9,10 @@ from rlhfjax.rewards.audit.agreement import (
     Pairs,
     calibrate,
     gold_pairs,
+    kendall_estimate,
     pair_accuracy,
     pairs_within,
-    rank_correlation,
+    spearman_estimate,
     within_prompt_tau,
 )
 from rlhfjax.rewards.audit.best_of import Curve, best_of_n_curve
@@ -44,6 +45,7 @@ __all__ = [
     "gold_pairs",
     "judge",
     "judge_probes",
+    "kendall_estimate",
     "kendall_tau_b",
     "mean_estimate",
     "overall",
@@ -51,11 +53,11 @@ __all__ = [
     "pairs_within",
     "pearson",
     "probe_texts",
-    "rank_correlation",
     "repeat_noise",
     "reward_words",
     "shallow_features",
     "spearman",
+    "spearman_estimate",
     "spread",
     "within_prompt_tau",
 ]

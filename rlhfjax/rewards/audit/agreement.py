@@ -7,11 +7,11 @@ Shapes: N items (texts), `group_N` telling the prompt of each, U prompts, K pair
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from rlhfjax.ops import fit_temperature
-from rlhfjax.rewards.audit.ranks import kendall_tau_b, spearman
+from rlhfjax.rewards.audit.ranks import average_ranks, kendall_tau_b
 from rlhfjax.rewards.audit.resampling import NOTHING, Estimate, estimate_of_items, estimate_of_sums
 
 
@@ -74,13 +74,32 @@ def within_prompt_tau(x_N: np.ndarray, y_N: np.ndarray, group_N: np.ndarray, *, 
     )
 
 
-def rank_correlation(
-    x_N: np.ndarray, y_N: np.ndarray, group_N: np.ndarray, *, kind: str = "spearman", seed: int = 0
-) -> Estimate:
-    """Spearman's correlation or ("kendall") tau-b over all texts, with an interval over prompts."""
-    statistic = {"spearman": spearman, "kendall": kendall_tau_b}[kind]
+def spearman_estimate(x_N: np.ndarray, y_N: np.ndarray, group_N: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Spearman's correlation over all texts, with an interval over prompts.
+
+    For the interval the ranks stay those among all texts, so that it is one of sums.
+    """
     x, y, group = _both(x_N, y_N, group_N)
-    return estimate_of_items(group, lambda index: statistic(x[index], y[index]), seed=seed)
+    if not len(x):
+        return NOTHING
+    x, y = average_ranks(x), average_ranks(y)
+    x, y = x - x.mean(), y - y.mean()
+    prompt = np.unique(group, return_inverse=True)[1]
+    sums = np.stack(
+        [np.bincount(prompt, weights=z) for z in (np.ones(len(x)), x, y, x * x, y * y, x * y)], axis=1
+    )
+
+    def correlation(s: np.ndarray) -> np.ndarray:
+        n, x, y, xx, yy, xy = (s[..., i] for i in range(6))
+        return (xy - x * y / n) / np.sqrt((xx - x * x / n) * (yy - y * y / n))
+
+    return estimate_of_sums(sums, correlation, seed=seed)
+
+
+def kendall_estimate(x_N: np.ndarray, y_N: np.ndarray, group_N: np.ndarray, *, seed: int = 0) -> Estimate:
+    """Kendall's tau-b over all texts, with an interval over prompts."""
+    x, y, group = _both(x_N, y_N, group_N)
+    return estimate_of_items(group, lambda index: kendall_tau_b(x[index], y[index]), seed=seed)
 
 
 class Calibration(NamedTuple):
@@ -102,8 +121,16 @@ def calibrate(reward_N: np.ndarray, pairs: Pairs) -> Calibration:
         return Calibration(np.nan, np.zeros(0), np.zeros(0, bool))
     # Scaled, since rewards may be beyond float32.
     unit = np.sqrt(np.mean(np.square(margin / np.abs(margin).max()))) * np.abs(margin).max()
-    temperature = float(fit_temperature(jnp.asarray(margin / unit, jnp.float32), 1.0)) * unit
+    # Filled up, so that few programs are compiled.
+    scaled = np.zeros(2 ** int(np.ceil(np.log2(len(margin)))), np.float32)
+    scaled[: len(margin)] = margin / unit
+    temperature = float(_fitted(scaled, np.arange(len(scaled)) < len(margin))) * unit
     return Calibration(temperature, 0.5 * (1 + np.tanh(np.abs(margin) / (2 * temperature))), margin > 0)
+
+
+@jax.jit
+def _fitted(margin_K: jax.Array, mask_K: jax.Array) -> jax.Array:
+    return fit_temperature(margin_K, 1.0, mask_K)
 
 
 def _margins(reward_N: np.ndarray, pairs: Pairs, group_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from rlhfjax.rewards.audit.agreement import rank_correlation, within_prompt_tau
+from rlhfjax.rewards.audit.agreement import spearman_estimate, within_prompt_tau
 from rlhfjax.rewards.audit.resampling import Estimate
 
 
@@ -59,7 +59,7 @@ def feature_correlations(
     """Name -> (Spearman's correlation over all texts, tau-b among the texts of one prompt)."""
     return {
         name: (
-            rank_correlation(reward_N, x_N, group_N, seed=seed),
+            spearman_estimate(reward_N, x_N, group_N, seed=seed),
             within_prompt_tau(reward_N, x_N, group_N, seed=seed),
         )
         for name, x_N in features.items()

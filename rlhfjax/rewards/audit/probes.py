@@ -37,8 +37,8 @@ def probe_texts(
     """Name -> a text for each prompt.
 
     empty; the best honest text with its words doubled, four times over, and shuffled; the longest of all texts; the
-    prompt copied; and the words that go with a high reward (`features.reward_words`), alone and behind the worst honest
-    text. Without such words the latter two are left out.
+    prompt copied; and the words that go with a high reward (`features.reward_words`): alone, the first of them over and
+    over, and behind the worst honest text. Without such words these are left out.
     """
     group, reward = np.asarray(group_N), np.asarray(reward_N, np.float64)
     generator = np.random.default_rng(seed)
@@ -62,6 +62,7 @@ def probe_texts(
         stuffing = " ".join(list(keywords) * REPEATS)
         found |= {
             "keywords alone": [stuffing] * len(prompts_U),
+            "one keyword over and over": [" ".join([keywords[0]] * 8 * REPEATS)] * len(prompts_U),
             "worst text and keywords": [f"{text} {stuffing}" for text in worst],
         }
     return found

@@ -4,6 +4,7 @@ Shapes: N items, U prompts, R resamples, S sums.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +21,13 @@ class Estimate(NamedTuple):
 NOTHING = Estimate(np.nan, np.nan, np.nan)
 
 
+@lru_cache(maxsize=4)
 def resampled_counts(prompts: int, *, resamples: int, seed: int) -> np.ndarray:
     """How often each prompt is drawn when as many are drawn with replacement: int [R, U]."""
     generator = np.random.default_rng(seed)
-    return generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    counts_RU = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    counts_RU.setflags(write=False)  # shared by the cache
+    return counts_RU
 
 
 def estimate_of_sums(
