@@ -65,6 +65,7 @@ from rlhfjax.ops.preference import (
     plackett_luce_loss,
 )
 from rlhfjax.ops.returns import discounted_returns, end_of_sequence_reward, gae
+from rlhfjax.ops.shaping import potential_shaping
 from rlhfjax.ops.td import (
     cql_penalty,
     double_q_target,
@@ -149,6 +150,7 @@ __all__ = [
     "pass_at_k",
     "path_consistency_error",
     "penalised_reward",
+    "potential_shaping",
     "plackett_luce_loss",
     "q_lambda_returns",
     "q_learning_target",

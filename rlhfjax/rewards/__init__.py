@@ -1,5 +1,16 @@
-"""Reward functions: on the host (texts in, numbers out), on the device (arrays in, array out), and learned."""
+"""Reward functions: on the host (texts in, numbers out), on the device (arrays in, array out), and learned.
 
+Of those with two forms, `NAME_reward` is the one on the host and `NAME_on_device` makes the one on the device.
+"""
+
+from rlhfjax.rewards.bleu import (
+    bleu,
+    bleu_on_device,
+    bleu_reward,
+    exact_match_on_device,
+    exact_match_reward,
+    words_13a,
+)
 from rlhfjax.rewards.characters import (
     ByteTable,
     Characters,
@@ -10,6 +21,23 @@ from rlhfjax.rewards.characters import (
     references,
 )
 from rlhfjax.rewards.chrf import chrf, chrf_on_device, chrf_reward
+from rlhfjax.rewards.compose import (
+    Applied,
+    Moments,
+    clipped,
+    clipped_on_host,
+    init_moments,
+    normalised,
+    normalised_on_host,
+    scaled,
+    scaled_by,
+    unscaled,
+    update_moments,
+    weighted_sum,
+    weighted_sum_on_host,
+    where_applies,
+    where_applies_on_host,
+)
 from rlhfjax.rewards.device import WordTable, length_reward, word_count, word_table
 from rlhfjax.rewards.host import HostReward, RewardPool, score_on_host
 from rlhfjax.rewards.learned import (
@@ -25,47 +53,127 @@ from rlhfjax.rewards.learned import (
     step_reward,
     worst_step_score,
 )
+from rlhfjax.rewards.lengths import (
+    character_count,
+    count_words,
+    near_length_on_device,
+    near_length_reward,
+    over_length_on_device,
+    over_length_reward,
+    token_count,
+)
 from rlhfjax.rewards.lexicon import lexicon_on_device, lexicon_reward, vader_lexicon
 from rlhfjax.rewards.regex import RegexAutomaton, regex_automaton, regex_on_device, regex_reward
-from rlhfjax.rewards.rouge import rouge_l, rouge_l_reward, rouge_n
+from rlhfjax.rewards.repetition import (
+    distinct_on_device,
+    distinct_reward,
+    longest_repeat_on_device,
+    longest_repeat_reward,
+    repetition_on_device,
+    repetition_reward,
+)
+from rlhfjax.rewards.rouge import (
+    rouge_l,
+    rouge_l_on_device,
+    rouge_l_reward,
+    rouge_n,
+    rouge_n_on_device,
+    rouge_n_reward,
+)
+from rlhfjax.rewards.shaping import shaped_environment, shaped_table
+from rlhfjax.rewards.verifiers import (
+    last_number,
+    last_number_on_device,
+    last_number_reward,
+    marked_answer,
+    marked_answer_on_device,
+    marked_answer_reward,
+    verifier_reward,
+)
 
 __all__ = [
+    "Applied",
     "ByteTable",
     "Characters",
     "HostReward",
+    "Moments",
     "References",
     "RegexAutomaton",
     "RewardPool",
     "WordTable",
+    "bleu",
+    "bleu_on_device",
+    "bleu_reward",
     "byte_table",
+    "character_count",
     "characters",
     "chrf",
     "chrf_on_device",
     "chrf_reward",
+    "clipped",
+    "clipped_on_host",
+    "count_words",
+    "distinct_on_device",
+    "distinct_reward",
     "ensemble_disagreement",
     "ensemble_mean",
     "ensemble_reward",
     "ensemble_scores",
     "ensemble_worst",
+    "exact_match_on_device",
+    "exact_match_reward",
     "fold",
+    "init_moments",
+    "last_number",
+    "last_number_on_device",
+    "last_number_reward",
     "length_reward",
     "lexicon_on_device",
     "lexicon_reward",
+    "longest_repeat_on_device",
+    "longest_repeat_reward",
+    "marked_answer",
+    "marked_answer_on_device",
+    "marked_answer_reward",
     "mean_minus_std",
     "mean_minus_variance",
+    "near_length_on_device",
+    "near_length_reward",
+    "normalised",
+    "normalised_on_host",
+    "over_length_on_device",
+    "over_length_reward",
     "references",
     "regex_automaton",
     "regex_on_device",
     "regex_reward",
+    "repetition_on_device",
+    "repetition_reward",
     "rouge_l",
+    "rouge_l_on_device",
     "rouge_l_reward",
     "rouge_n",
+    "rouge_n_on_device",
+    "rouge_n_reward",
+    "scaled",
+    "scaled_by",
     "score_on_host",
+    "shaped_environment",
+    "shaped_table",
     "solution_score",
     "step_ends",
     "step_reward",
+    "token_count",
+    "unscaled",
+    "update_moments",
     "vader_lexicon",
+    "verifier_reward",
+    "weighted_sum",
+    "weighted_sum_on_host",
+    "where_applies",
+    "where_applies_on_host",
     "word_count",
     "word_table",
+    "words_13a",
     "worst_step_score",
 ]

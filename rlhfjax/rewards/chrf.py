@@ -22,6 +22,7 @@ from rlhfjax.rewards.characters import (
     score_against_references,
     without_space,
 )
+from rlhfjax.rewards.host import paired
 from rlhfjax.rewards.ngrams import clipped_matches, orders
 
 __all__ = ["chrf", "chrf_on_device", "chrf_reward"]
@@ -49,9 +50,7 @@ def chrf_reward(
 ) -> list[float]:
     """`chrf` of each completion against the reference of its row; the signature of a host reward."""
     del prompts, columns
-    if len(completions) != len(reference):
-        raise ValueError(f"{len(completions)} completions but {len(reference)} references; give one for each")
-    return [chrf(completion, text) for completion, text in zip(completions, reference, strict=True)]
+    return [chrf(completion, text) for completion, text in paired(completions, reference)]
 
 
 def chrf_on_device(table: ByteTable, *, order: int = 6, beta: float = 2.0) -> Callable[..., jax.Array]:

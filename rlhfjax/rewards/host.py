@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set, Sized
 from concurrent.futures import CancelledError, Future
 from functools import partial
 from numbers import Real
@@ -19,6 +19,13 @@ import numpy as np
 __all__ = ["HostReward", "RewardPool", "score_on_host"]
 
 HostReward = Callable[..., Sequence[float | None]]
+
+
+def paired(completions: Sequence[str], reference: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Completions with the references of their rows. Raises ValueError where there is not one for each."""
+    if len(completions) != len(reference):
+        raise ValueError(f"{len(completions)} completions but {len(reference)} references; give one for each")
+    return zip(completions, reference, strict=True)
 
 
 def score_on_host(
@@ -43,22 +50,10 @@ def score_on_host(
     total_N = np.zeros(len(completions), np.float64)
     applies_N = np.zeros(len(completions), bool)
     for name, function in functions.items():
-        try:
-            rewards = function(prompts=prompts, completions=completions, **columns)
-        except Exception as error:
-            raise RuntimeError(
-                f"reward {name!r} raised {type(error).__name__}: {error} "
-                f"({_samples(first, first + len(completions))}: {_clip(''.join(completions[:1]))})"
-            ) from error
-        if not isinstance(rewards, Sized):
-            raise TypeError(f"reward {name!r} gave {type(rewards).__name__}; give a list of numbers")
-        if len(rewards) != len(completions):
-            raise ValueError(
-                f"reward {name!r} gave {len(rewards)} numbers for {len(completions)} completions"
-            )
-        for i, reward in enumerate(rewards):
-            if reward is not None:
-                total_N[i] += weights[name] * _checked(reward, name, first + i, completions[i])
+        scores = scores_of(name, function, prompts, completions, columns, first=first)
+        for i, score in enumerate(scores):
+            if score is not None:
+                total_N[i] += weights[name] * score
                 applies_N[i] = True
     if not applies_N.all():
         i = int(np.argmin(applies_N))
@@ -74,6 +69,33 @@ def score_on_host(
             f"the rewards of sample {first + i} sum to {total_N[i]}, beyond float32 ({_clip(completions[i])})"
         )
     return score_N
+
+
+def scores_of(
+    name: str,
+    function: HostReward,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    first: int = 0,
+) -> list[float | None]:
+    """What one function gives, every number checked; errors as of `score_on_host`."""
+    try:
+        rewards = function(prompts=prompts, completions=completions, **columns)
+    except Exception as error:
+        raise RuntimeError(
+            f"reward {name!r} raised {type(error).__name__}: {error} "
+            f"({_samples(first, first + len(completions))}: {_clip(''.join(completions[:1]))})"
+        ) from error
+    if isinstance(rewards, str | bytes | Mapping | Set) or not isinstance(rewards, Sized):
+        raise TypeError(f"reward {name!r} gave {type(rewards).__name__}; give a list of numbers")
+    if len(rewards) != len(completions):
+        raise ValueError(f"reward {name!r} gave {len(rewards)} numbers for {len(completions)} completions")
+    return [
+        None if reward is None else _checked(reward, name, first + i, completions[i])
+        for i, reward in enumerate(rewards)
+    ]
 
 
 class RewardPool:

@@ -17,6 +17,8 @@ __all__ = [
     "count_distinct",
     "longest_repeat",
     "n_grams",
+    "orders",
+    "same_lists",
     "subsequence_length",
 ]
 
@@ -55,6 +57,14 @@ def clipped_matches(a: Items, b: Items) -> jax.Array:
 def count_distinct(items: Items) -> jax.Array:
     """Items without their repetitions, int32 [...]: `len(set(items))`."""
     return jnp.sum((_earlier(items) == 0) & _real(items), axis=-1, dtype=jnp.int32)
+
+
+def same_lists(a: Items, b: Items) -> jax.Array:
+    """Whether both lists are the same, bool [...]."""
+    least = min(a.first.shape[-1], b.first.shape[-1])
+    same = (a.first[..., :least] == b.first[..., :least]) & (a.second[..., :least] == b.second[..., :least])
+    real = jax.lax.broadcasted_iota(jnp.int32, same.shape, same.ndim - 1) < a.count[..., None]
+    return (a.count == b.count) & jnp.all(same | ~real, axis=-1)
 
 
 def subsequence_length(a: Items, b: Items) -> jax.Array:
