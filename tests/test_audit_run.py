@@ -341,11 +341,12 @@ def test_a_sequence_classifier_is_a_reward(tmp_path):
         ["the mat", "", "a dog sat on the log", "4", "the"],
     )
     found = function(prompts=prompts, completions=texts)
-    lm = decoder(config)
+    lm, end = decoder(config), BYTE_LEVEL.token_to_id(END)
+    assert end is not None
     for prompt, text, score in zip(prompts, texts, found, strict=True):
         said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
         ids = template.encode(tokenizer, said).ids
-        ids = ids[: len(ids) - ids[::-1].index(BYTE_LEVEL.token_to_id(END))]
+        ids = ids[: len(ids) - ids[::-1].index(end)]
         hidden, _ = lm.apply(
             trunk,
             jnp.asarray([ids]),

@@ -65,7 +65,7 @@ def open_reward_model(where: Path, calls_of: int) -> HostReward:
 
     def scored(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
         with lock:
-            return _score(opened, prompts, completions, calls_of)
+            return score_texts(opened, prompts, completions, calls_of)
 
     return scored
 
@@ -127,7 +127,10 @@ def _of_run(where: Path) -> Opened:
     )
 
 
-def _score(opened: Opened, prompts: Sequence[str], completions: Sequence[str], calls_of: int) -> list[float]:
+def score_texts(
+    opened: Opened, prompts: Sequence[str], completions: Sequence[str], calls_of: int
+) -> list[float]:
+    """The score of each text, of any number of them, `calls_of` at a time."""
     asked = _prompt_ids(opened, prompts)
     longest = max(map(len, asked))
     room = opened.positions - longest

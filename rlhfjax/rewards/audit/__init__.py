@@ -17,6 +17,12 @@ from rlhfjax.rewards.audit.agreement import (
 )
 from rlhfjax.rewards.audit.best_of import Curve, best_of_n_curve
 from rlhfjax.rewards.audit.features import feature_correlations, reward_words, shallow_features
+from rlhfjax.rewards.audit.learning_curve import (
+    LearningCurve,
+    expected_accuracy,
+    labels_for,
+    learning_curve,
+)
 from rlhfjax.rewards.audit.probes import Probe, judge_probes, probe_texts
 from rlhfjax.rewards.audit.ranks import average_ranks, kendall_tau_b, pearson, spearman
 from rlhfjax.rewards.audit.resampling import NOTHING, Estimate, mean_estimate
@@ -30,6 +36,7 @@ __all__ = [
     "Evidence",
     "Finding",
     "GRADES",
+    "LearningCurve",
     "Limits",
     "NOTHING",
     "Noise",
@@ -41,12 +48,15 @@ __all__ = [
     "calibrate",
     "calls_for",
     "duplicate_noise",
+    "expected_accuracy",
     "feature_correlations",
     "gold_pairs",
     "judge",
     "judge_probes",
     "kendall_estimate",
     "kendall_tau_b",
+    "labels_for",
+    "learning_curve",
     "mean_estimate",
     "overall",
     "pair_accuracy",
