@@ -66,6 +66,14 @@ class Stroke(NamedTuple):
     mark: str
 
 
+class Styled(NamedTuple):
+    """A curve with how it is drawn: "-", "--", ":" or, for points that no line joins, "o"."""
+
+    curve: Curve
+    style: str
+    colour: int  # number among COLOURS
+
+
 class EvaluatedPolicy(NamedTuple):
     """A policy as a point of the gold-against-KL figure. One group has one colour and one marker."""
 
@@ -333,6 +341,44 @@ def plot_overoptimisation(
         axes[1].set_xlabel(x_label)
 
     return _save(path, draw, rows=2, size=(5.2, 4.4), share_x=True)
+
+
+def plot_distances(
+    path: str | os.PathLike[str],
+    panels: Mapping[str, Mapping[str, Styled]],
+    *,
+    y_label: str,
+    x_label: str = "distance from the reference, sqrt(KL)",
+    columns: int = 2,
+) -> Path:
+    """Scores against the distance from a policy, a panel for each title; one legend for all of them.
+
+    A label must be drawn in one way in all panels. Values that are not finite leave a gap.
+
+    Raises ValueError where there are no panels, or one has no curves.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("there is nothing to plot: every panel needs a curve, and there must be a panel")
+    columns = min(columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+
+    def draw(axes: Sequence["Axes"]) -> None:
+        shown = {}
+        for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+            for label, ((x, y), style, colour) in curves.items():
+                line, marker = ("", "o") if style == "o" else (style, "")
+                drawn = axis.plot(
+                    x, y, color=COLOURS[colour % len(COLOURS)], linestyle=line, marker=marker, markersize=4
+                )
+                shown[label] = drawn[0]
+            axis.set(title=title, xlabel=x_label, ylabel=y_label)
+        for unused in axes[len(panels) :]:
+            unused.set_visible(False)
+        figure = axes[0].get_figure(root=True)
+        assert figure is not None
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
+
+    return _save(path, draw, rows=rows, columns=columns, size=(3.8 * columns, 2.8 * rows + 0.6))
 
 
 def running_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:

@@ -116,8 +116,8 @@ def bootstrap_fits(
     return [fit(form, *curve(generator.integers(items, size=items))) for _ in range(resamples)]
 
 
-def turning_point(d: Any, gain: Any) -> int | None:
-    """Index of the highest gain, where points beyond it are lower; None where the last one by d is the highest.
+def turning_point(d: Any, gain: Any, *, tolerance: float = 0.0) -> int | None:
+    """Index of the highest gain, where the last one by d is lower by more than `tolerance`; else None.
 
     [N] each, in any order; of equal gains the one at the smaller d.
     """
@@ -128,7 +128,7 @@ def turning_point(d: Any, gain: Any) -> int | None:
         )
     order = np.argsort(d, kind="stable")
     best = int(np.argmax(gain[order]))
-    return None if gain[order][best] == gain[order][-1] else int(order[best])
+    return None if gain[order][-1] >= gain[order][best] - tolerance else int(order[best])
 
 
 def _basis(form: str, d: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ STOP = Guards(watch=("gold<0.75:stop",), window=1, patience=2)
 RAISE = Guards(watch=("gold<0.75:raise",), window=1, patience=2, factor=2.0, least=0.25, most=0.8)
 
 
-@pytest.mark.parametrize("checkpoint_every", [1, 4, 100])
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
 def test_a_stop_ends_the_stage_one_step_later_and_returns_what_held(tmp_path, checkpoint_every):
     """0.7 at step 7, 0.6 at step 8: two in a row, so the stage ends with step 9. It held last at step 6, whose texts
     are those of the policy of 5 updates."""
@@ -103,7 +103,7 @@ def test_a_guard_that_never_held_returns_the_start(tmp_path):
     assert lines[-1]["step"] == 2 and int(state.done) == 0
 
 
-@pytest.mark.parametrize("checkpoint_every", [1, 4, 100])
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
 def test_a_raise_acts_two_steps_later_up_to_its_most(tmp_path, checkpoint_every):
     """Acts at steps 8, 10, 12, 14: from 0 to `least`, then twice as much, then `most`."""
     _, lines, _ = guarded_run(tmp_path / "run", RAISE, checkpoint_every=checkpoint_every)
@@ -120,7 +120,7 @@ def test_a_coefficient_beyond_the_most_stays():
 
 
 @pytest.mark.parametrize("config", [STOP, RAISE], ids=["stop", "raise"])
-@pytest.mark.parametrize("kills", [(3,), (6, 7, 8), (7, 9), (8, 11)])
+@pytest.mark.parametrize("kills", [(3, 7), (6, 7, 8, 9)])
 def test_a_kill_costs_no_bit(tmp_path, config, kills):
     whole, lines, _ = guarded_run(tmp_path / "whole", config)
     again, others, folder = guarded_run(tmp_path / "killed", config, kills=kills)

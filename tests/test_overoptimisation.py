@@ -144,6 +144,8 @@ def test_where_a_curve_turns():
     assert turning_point([3.0, 1.0, 2.0, 0.0], [1.6, 2.0, 1.5, 0.0]) == 1
     assert turning_point([0.0, 1.0], [0.0, 1.0]) is None
     assert turning_point([0.0, 1.0, 2.0], [0.0, 1.0, 1.0]) is None
+    assert turning_point([0.0, 1.0, 2.0], [0.0, 1.0, 0.99], tolerance=0.02) is None
+    assert turning_point([0.0, 1.0, 2.0], [0.0, 1.0, 0.99], tolerance=0.005) == 1
     assert turning_point([1.0], [1.0]) is None
     with pytest.raises(ValueError, match="equal length"):
         turning_point([1.0], [1.0, 2.0])
