@@ -35,7 +35,7 @@ def shaped_table(table: World, potential_S: np.ndarray, *, discount: float) -> W
     return table._replace(reward_SAK=table.reward_SAK + discount * after_SAK - potential_S[:, None, None])
 
 
-def shaped_environment(env: World, potential: Callable[[Any, Any], jax.Array], *, discount: float) -> World:
+def shaped_environment(env: World, potential: Callable[[Any, Any], Any], *, discount: float) -> World:
     """An `Environment` whose reward has the shaping of a potential added.
 
     potential: `potential(state, params) -> float []`, of the world's own state. discount: that of the returns. An
