@@ -68,6 +68,7 @@ def plan(config: Config, mesh) -> list:
 def run(config: Config, folder) -> dict[str, float]:
     """Runs all stages; returns the numbers of summary.json."""
     from experiments.stages import evaluation, offline, report
+    from experiments.stages.length_matched import against_start, length_numbers, length_section
     from experiments.stages.prepare import Sections, prepare, rouge_of
     from experiments.stages.task import Task
     from rlhfjax.report import write_report
@@ -77,18 +78,22 @@ def run(config: Config, folder) -> dict[str, float]:
     prepared = prepare(Sections.of(config), Task(gold_name, rouge_of), {name: stage}, folder)
     assert prepared.learned is not None
     tuned = prepared.optimise(name, stage)
-    found, comparisons, summary = {}, {}, {}
+    found, comparisons, lengths, summary = {}, {}, [], {}
     for split in prepared.heldout:
         points = offline.curve(name, stage, tuned)
         found[split] = prepared.evaluate(split, {name: tuned}, points, stage.temperature)
         comparisons[split] = evaluation.compare(found[split], stage.temperature, name)
+        matched = against_start([found[split]], prepared.start, stage.temperature)
+        lengths.append(length_section(matched, gold_name, split))
         summary |= report.summarise(found[split], comparisons[split], split)
+        summary |= {f"{split}/{key}": value for key, value in length_numbers(matched).items()}
     measured = folder.metrics("reward_model_heldout")[0]
     write_report(
         folder.path,
         f"Summaries of software descriptions, {name}, seed {folder.seed}",
         [
             *report.result_sections(found, comparisons, gold_name, stage.temperature),
+            *lengths,
             report.frontier_section(found["validation"], folder, gold_name),
             report.policy_optimisation_section(folder, gold_name, name),
             report.reward_model_section(prepared.learned, measured, folder),

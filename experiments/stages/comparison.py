@@ -25,18 +25,25 @@ reward; only a learned one has deviation 1.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.stages import report, results
 from experiments.stages.evaluation import Policy
+from experiments.stages.length_matched import (
+    AtEqualLength,
+    against_start,
+    length_numbers,
+    length_section,
+)
 from experiments.stages.methods import Stage, kl_weight, with_kl_weight
 from experiments.stages.offline import curve
 from experiments.stages.prepare import Prepared, Sections, prepare
 from experiments.stages.task import Task
 from experiments.stages.text import Text, Writer
-from rlhfjax.figures import EvaluatedPolicy, plot_gold_against_kl
+from rlhfjax.figures import EvaluatedPolicy, Panel, plot_gold_against_kl, plot_panels
 from rlhfjax.report import Section, Table, bootstrap_interval, paired_difference_interval
 from rlhfjax.run_folder import RunFolder
 
@@ -79,9 +86,18 @@ class Compared:
         merged, examples = self.merged["validation"], self.prepared.heldout["validation"]
         return [
             *tables,
+            *(
+                length_section(self.at_equal_length(split), self.task.gold_name, split)
+                for split in self.merged
+            ),
             frontier_section(merged, self.folder, self.temperature, self.task.gold_name),
+            *curves_sections(self.stages, self.parts[0], self.folder, self.task.gold_name),
             report.text_section(merged, examples, self.temperature),
         ]
+
+    def at_equal_length(self, split: str) -> dict[str, AtEqualLength]:
+        """Every policy against the start."""
+        return against_start(self.found[split], self.prepared.start, self.temperature)
 
     @property
     def summary(self) -> dict[str, float]:
@@ -90,6 +106,8 @@ class Compared:
         for split, merged in self.merged.items():
             prefix = "" if split == "validation" else f"{split}/"
             numbers |= {f"{prefix}{name}": value for name, value in report.policy_numbers(merged).items()}
+            lengths = length_numbers(self.at_equal_length(split))
+            numbers |= {f"{prefix}{name}": value for name, value in lengths.items()}
             for measure, value_PB in self.measured[split].items():
                 numbers |= {
                     f"{prefix}{policy.name}/{measure}": float(value_B.mean())
@@ -289,6 +307,38 @@ def method_section(
     return Section(f"Methods, {split} split", text, Table(header, rows))
 
 
+# Metric of a step -> the title of its panel, on the left what it is in.
+CURVES = {
+    "objective/score": ("reward", "Reward of the samples"),
+    "gold": ("gold", "Gold score of the samples"),
+    "objective/kl": ("nats", "KL from the start"),
+}
+
+
+def curves_sections(
+    stages: Mapping[str, Stage], part: RunFolder, folder: RunFolder, gold_name: str
+) -> list[Section]:
+    """What the methods that sample logged along their steps, in the first seed's run; nothing without one."""
+    logged = {name: part.metrics(name) for name in stages}
+    panels = []
+    for metric, (label, title) in CURVES.items():
+        curves = {
+            name: ([line["step"] for line in lines], [line[metric] for line in lines])
+            for name, lines in logged.items()
+            if lines and metric in lines[0]
+        }
+        if curves:
+            panels.append(Panel(gold_name if label == "gold" else label, curves, title=title))
+    if not panels:
+        return []
+    path = plot_panels(_figures(folder) / "curves.png", panels)
+    return [
+        Section(
+            "Along the steps", f"Seed {part.seed}.", figures=[(path, "Methods that sample, a point a step")]
+        )
+    ]
+
+
 def frontier_section(
     merged: Sequence[Policy], folder: RunFolder, temperature: float, gold_name: str
 ) -> Section:
@@ -303,9 +353,7 @@ def frontier_section(
         )
         for policy in shown
     ]
-    path = folder.path / "figures"
-    path.mkdir(exist_ok=True)
-    figure = plot_gold_against_kl(path / "frontier.png", points, gold_label=gold_name)
+    figure = plot_gold_against_kl(_figures(folder) / "frontier.png", points, gold_label=gold_name)
     text = (
         f"Sampled at temperature {temperature:g}, that of the rollouts. A method is better than another where it lies "
         "above it at the same KL. The KL of best-of-n is its bound log n - (n-1)/n."
@@ -315,3 +363,9 @@ def frontier_section(
         text,
         figures=[(figure, f"{gold_name} against KL from the policy that all started from")],
     )
+
+
+def _figures(folder: RunFolder) -> Path:
+    path = folder.path / "figures"
+    path.mkdir(exist_ok=True)
+    return path

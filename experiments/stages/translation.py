@@ -1,0 +1,123 @@
+"""Translation: chrF and BLEU as gold scores and as rewards, and scores of a whole corpus."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.stages.evaluation import Policy
+from experiments.stages.preferences import Gold
+from experiments.stages.task import DeviceReward, OnDevice
+from experiments.stages.text import Examples, Text
+from rlhfjax.mesh import whole
+from rlhfjax.recipes import completion_reward
+from rlhfjax.report import Section, Table
+from rlhfjax.rewards import byte_table, chrf, chrf_on_device, references
+
+
+def chrf_of(examples: Examples) -> Gold:
+    """The gold scorer of these pairs: chrF against the translation in the data, in [0, 1]."""
+    return _gold(examples, chrf)
+
+
+def bleu_of(examples: Examples) -> Gold:
+    """Sentence BLEU against the translation in the data, in [0, 1]; needs sacrebleu."""
+    return _gold(examples, sentence_bleu())
+
+
+def _gold(examples: Examples, score: Callable[[str, str], float]) -> Gold:
+    def gold(rows: np.ndarray, texts: list[list[str]]) -> np.ndarray:
+        return np.asarray(
+            [[score(x, examples.references[r]) for x in xs] for r, xs in zip(rows, texts, strict=True)]
+        )
+
+    return gold
+
+
+def chrf_reward(gain: float) -> OnDevice:
+    """`gain` times chrF as a reward on the device, the references looked up by the prompts' numbers."""
+
+    def of(text: Text, examples: Examples) -> DeviceReward:
+        tokenizer = text.tokenizer
+        table = byte_table(
+            [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], text.lm.config.vocab_size
+        )
+        score = completion_reward(chrf_on_device(table))
+        params = jax.device_put(references(examples.references), whole(text.mesh))
+        return DeviceReward(params, lambda params, branches, index_B: gain * score(params, branches, index_B))
+
+    return OnDevice(of)
+
+
+def has_sacrebleu() -> bool:
+    """Whether BLEU can be computed."""
+    return find_spec("sacrebleu") is not None
+
+
+def sentence_bleu() -> Callable[[str, str], float]:
+    """(translation, reference) -> sacrebleu's sentence BLEU with effective order, over 100.
+
+    Raises ValueError where sacrebleu is not installed.
+    """
+    metric = _sacrebleu().BLEU(effective_order=True)
+    return lambda text, reference: metric.sentence_score(text, [reference]).score / 100.0
+
+
+def bleu(
+    prompts: Sequence[str], completions: Sequence[str], *, reference: Sequence[str], **_: object
+) -> list[float]:
+    """A reward in Python: sentence BLEU in [0, 1]; needs sacrebleu."""
+    del prompts
+    score = sentence_bleu()
+    return [score(text, wanted) for text, wanted in zip(completions, reference, strict=True)]
+
+
+def corpus_scores(texts: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    """chrF and BLEU of a corpus by sacrebleu's defaults, in [0, 100]; nothing without it."""
+    if not has_sacrebleu():
+        return {}
+    metrics = _sacrebleu()
+    return {
+        name: float(metric.corpus_score(list(texts), [list(wanted)]).score)
+        for name, metric in (("corpus chrF", metrics.CHRF()), ("corpus BLEU", metrics.BLEU()))
+    }
+
+
+def corpus_numbers(
+    found: Mapping[str, Sequence[Sequence[Policy]]], heldout: Mapping[str, Examples]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """split -> policy -> corpus scores, means over the seeds; `found` has the policies of every split and seed."""
+    scores = {}
+    for split, of_seeds in found.items():
+        wanted = heldout[split].references[: len(of_seeds[0][0].texts)]
+        scores[split] = {}
+        for policies in zip(*of_seeds, strict=True):
+            each = [corpus_scores(policy.texts, wanted) for policy in policies]
+            scores[split][policies[0].name] = {
+                name: float(np.mean([one[name] for one in each])) for name in each[0]
+            }
+    return scores
+
+
+def corpus_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Section:
+    """The table of corpus scores, of all splits."""
+    rows = [
+        [split, policy, *(f"{value:.1f}" for value in numbers.values())]
+        for split, by_policy in scores.items()
+        for policy, numbers in by_policy.items()
+        if numbers
+    ]
+    if not rows:
+        text = "sacrebleu is not installed, so that there is no score of the corpus: pip install sacrebleu."
+        return Section("Scores of the corpus", text)
+    text = "By sacrebleu with its defaults, means over the seeds. Short texts weigh less here than in means of sentences."
+    return Section("Scores of the corpus", text, Table(["split", "policy", "chrF", "BLEU"], rows))
+
+
+def _sacrebleu() -> Any:
+    if not has_sacrebleu():
+        raise ValueError('BLEU needs sacrebleu: pip install "sacrebleu>=2.4"')
+    return import_module("sacrebleu.metrics")
