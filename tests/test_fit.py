@@ -29,9 +29,9 @@ def right_pairs(accuracy: np.ndarray, pairs: int) -> np.ndarray:
 
 def test_the_law_that_the_accuracies_follow_is_found():
     ceiling, a, b = 0.9, 2.0, 0.4
-    right = right_pairs(ceiling - a * LABELS**-b, 1_000_000)
+    right = right_pairs(ceiling - a * LABELS**-b, 100_000)
     curve = learning_curve(LABELS, right, ceiling, resamples=2)
-    assert curve.coefficient == pytest.approx(a, rel=1e-3) and curve.exponent == pytest.approx(b, abs=1e-3)
+    assert curve.coefficient == pytest.approx(a, rel=1e-2) and curve.exponent == pytest.approx(b, abs=2e-3)
     assert expected_accuracy(curve, LABELS) == pytest.approx([x.value for x in curve.accuracy_S], abs=1e-4)
     # 0.9 - 2 n^-0.4 = 0.85 at n = 40^(1 / 0.4).
     needed = labels_for(LABELS, right, ceiling, 0.85, resamples=2)
@@ -41,11 +41,12 @@ def test_the_law_that_the_accuracies_follow_is_found():
 def test_the_interval_of_the_labels_is_wide_where_the_pairs_are_few():
     generator = np.random.default_rng(0)
     accuracy = 0.9 - 2.0 * LABELS**-0.4
-    luck = generator.random(300)
-    few = labels_for(LABELS, luck < accuracy[:, None], 0.9, 0.85)
-    luck = generator.random(30_000)
-    many = labels_for(LABELS, luck < accuracy[:, None], 0.9, 0.85, resamples=300)
-    assert few.low < many.low < 40**2.5 < many.high < few.high
+    few, many = (
+        labels_for(LABELS, generator.random(pairs) < accuracy[:, None], 0.9, 0.85, resamples=300)
+        for pairs in (300, 10_000)
+    )
+    assert few.low < few.value < few.high and many.low < 40**2.5 < many.high
+    assert many.high / many.low < 2 < 5 < few.high / few.low
 
 
 def test_accuracies_that_do_not_rise_tell_of_no_number():

@@ -23,9 +23,11 @@ NOTHING = Estimate(np.nan, np.nan, np.nan)
 
 @lru_cache(maxsize=4)
 def resampled_counts(prompts: int, *, resamples: int, seed: int) -> np.ndarray:
-    """How often each prompt is drawn when as many are drawn with replacement: int [R, U]."""
+    """How often each prompt is drawn when as many are drawn with replacement: whole float64 [R, U], for products."""
     generator = np.random.default_rng(seed)
-    counts_RU = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    counts_RU = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples).astype(
+        np.float64
+    )
     counts_RU.setflags(write=False)  # shared by the cache
     return counts_RU
 
@@ -77,7 +79,10 @@ def estimate_of_items(
         return Estimate(value, np.nan, np.nan)
     counts_RU = resampled_counts(len(prompts), resamples=resamples, seed=seed)
     return _interval(
-        value, np.asarray([statistic(np.repeat(np.arange(len(group)), times[group])) for times in counts_RU])
+        value,
+        np.asarray(
+            [statistic(np.repeat(np.arange(len(group)), times[group])) for times in counts_RU.astype(int)]
+        ),
     )
 
 
