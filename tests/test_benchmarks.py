@@ -68,19 +68,14 @@ TOKENS = {
 ENVIRONMENT_STEPS = {"control_ppo": 4 * 4 * 128, "control_pqn": 4 * 16 * 32, "control_dqn": 4 * 8 * 4}
 
 
-# Their siblings ppo_grouped, generate_t1 and control_ppo are the same functions.
-SLOW = ("ppo", "generate_greedy", "control_pqn", "control_dqn")
-
-
 @functools.cache
 def record_of(name: str) -> dict:
     """The record of a case, measured once."""
     return measure(CASES[name](TINY), repeats=2)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_every_case_is_measured_whole(name: str):
     record = record_of(name)
     assert record.keys() == record_of("ceiling").keys()

@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 from test_docs_q_learning import blocks, run
 
 NEEDED, TALK, LEARNING = blocks("chat.md")
 
 
+@pytest.mark.slow
 def test_the_model_learns_to_say_what_it_hears_between_its_turns(capsys):
     """What to say is told only in between, at random; a third of the answers are right by chance."""
     printed = run("\n".join((NEEDED, TALK, LEARNING)), capsys)

@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 from test_docs_q_learning import blocks, run
 
 FIRST, ONE, MANY, RUNS, HOST = blocks("iteration.md")
 
 
+@pytest.mark.slow
 def test_the_ways_to_iterate(capsys):
     """Each block after the first goes on from it."""
     printed = run("\n".join((FIRST, ONE, MANY, RUNS, HOST)), capsys)

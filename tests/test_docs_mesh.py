@@ -128,6 +128,7 @@ def work(mesh: Mesh) -> scaling.Work:
     return scaling.work(mesh, target, TINY, prompts=8, vocab_size=64, config=config)
 
 
+@pytest.mark.slow
 def test_work_is_divided_and_gradients_are_summed_once_a_minibatch():
     """Four steps of two models, whose unembedding of the critic has no gradient."""
     alone, data = work(Mesh(data=1, fsdp=1)), work(Mesh(data=4, fsdp=1))

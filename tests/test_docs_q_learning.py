@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
@@ -28,6 +30,7 @@ def test_a_table_of_values_is_the_exact_one(capsys):
     assert learnt == exact == -9.7332
 
 
+@pytest.mark.slow
 def test_cart_pole_is_balanced_for_longer_than_by_chance(capsys):
     score, best, steps = numbers(CART_POLE, capsys)
     assert (best, steps) == (500, 81_920) and score > 60  # random play: 22
@@ -46,6 +49,7 @@ def test_values_guide_a_clone_through_the_better_door(capsys):
     assert 10 <= plain <= 30 and guided >= 80
 
 
+@pytest.mark.slow
 def test_soft_q_learning_reaches_the_optimum_from_all_texts(capsys):
     reference, found = numbers(SOFT, capsys)
     assert reference > 0.3 and found <= 1e-3

@@ -109,6 +109,7 @@ def test_what_the_numbers_of_a_run_must_be(whole):
     assert "validation/ppo, temperature 0.7 against sft, temperature 0.7/value" in summary
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(whole, settings, tmp_path):
     assert start("summarize", settings, tmp_path / "again") == 0
     assert bits(tmp_path / "again") == bits(whole)
@@ -128,6 +129,7 @@ def test_a_finished_run_that_is_resumed_changes_nothing(whole, capsys):
     assert "checkpoint of step 3 of 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_length_needs_no_reward_model(settings, tmp_path):
     sections = {name: settings[name] for name in ("text", "sft", "ppo", "evaluation")}
     short = changed(sections, evaluation={"temperatures": [], "best_of": [2]}, ppo={"shared_trunk": True})

@@ -75,6 +75,7 @@ def given(settings, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_given_reward_is_optimised(given):
     samples = [line for line in read_lines(given / "samples.jsonl") if line["stage"] == "grpo"]
     assert samples and all(line["reward"] == -len(line["completion"]) for line in samples)
@@ -110,6 +111,7 @@ def test_every_method_on_a_learned_reward(algorithm, settings, tmp_path):
     assert params["head"]["kernel"].shape == (config.width,) and np.any(params["head"]["kernel"])
 
 
+@pytest.mark.slow
 def test_ppo_with_a_quantised_base_stopped_and_resumed(settings, tmp_path):
     """Stopped by its reward in the third step and gone on with, the run ends in the bits of one never stopped."""
     flags = ("--algorithm", "ppo", "--text.base-bits", "8", "--calls-of", "8", "--workers", "1")
@@ -169,6 +171,7 @@ def never(*_: Any) -> Any:
     pytest.fail("the gold scorer was asked")
 
 
+@pytest.mark.slow
 def test_one_base_for_policy_reference_critic_and_reward(settings):
     """The compiled iteration reads one base, which no output holds; its size is what the memory report shows."""
     config = configs.Text(**settings["text"] | {"lora": LoRA(rank=2)}, chat=True, trained="lora")

@@ -41,12 +41,8 @@ def stages(folder: Path) -> list[str]:
     return list(dict.fromkeys(line["stage"] for line in read_lines(folder / "metrics.jsonl")))
 
 
-QUICK = ("cartpole", "frozen_lake")  # one of networks, one of tables
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_leaves_everything_behind(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "run"
@@ -78,6 +74,7 @@ def test_a_run_leaves_everything_behind(name, tmp_path, capsys):
     assert "| method |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cartpole", "frozen_lake"])
 def test_a_run_that_was_stopped_ends_in_the_same_bits(name, tmp_path, monkeypatch):
     """Stopped after the first checkpoint of the first method, replay and worlds included."""
@@ -106,6 +103,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(name, tmp_path, monkeypatc
         assert (stopped / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_method_does_not_depend_on_which_others_run(tmp_path):
     for methods in ("q_learning,sarsa", "sarsa"):
         assert (

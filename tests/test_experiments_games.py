@@ -41,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_leaves_everything_behind(name, tmp_path, capsys):
     pytest.importorskip("matplotlib")
@@ -85,6 +86,7 @@ def test_a_run_in_the_folder_of_runs_ends_with_its_report(tmp_path, monkeypatch,
     assert f"Results are in {folder.relative_to(tmp_path)}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_in_the_same_bits(tmp_path):
     """Stopped after the first of two checkpoints of ILQL."""
     settings = SETTINGS["maze"] | {"algorithms": "ilql"}
@@ -103,6 +105,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(tmp_path):
         assert (stopped / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_a_method_does_not_depend_on_which_others_run(tmp_path):
     for methods in ("best,ilql", "ilql"):
         assert start("maze", SETTINGS["maze"] | {"algorithms": methods}, tmp_path / methods) == 0

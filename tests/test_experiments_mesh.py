@@ -81,6 +81,7 @@ def summarized(settings, tmp_path_factory) -> Path:
     return on_both("summarize", settings, tmp_path_factory.mktemp("summarize"), "--max-steps", "2").parent
 
 
+@pytest.mark.slow
 def test_summarize(summarized):
     samples = [read_lines(summarized / name / "samples.jsonl") for name in ("one", "mesh")]
     assert samples[0] and [line["stage"] for line in samples[0]] == [line["stage"] for line in samples[1]]

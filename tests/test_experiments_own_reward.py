@@ -83,6 +83,7 @@ def test_completions_drawn_ahead_are_of_the_parameters_before_the_update(whole, 
     assert "one update old" not in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fail", "words"),
     [
@@ -105,6 +106,7 @@ def test_a_run_whose_reward_fails_is_resumed_to_the_same_bits(whole, settings, t
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_ppo_takes_it_too(settings, tmp_path):
     assert begin(settings | {"algorithm": "ppo"}, tmp_path / "run", WORKING) == 0
     assert [line["stage"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")].count("ppo") == 2

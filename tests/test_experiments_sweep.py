@@ -31,6 +31,7 @@ def ppo_lines(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(folder / "metrics.jsonl") if line["stage"] == "ppo"]
 
 
+@pytest.mark.slow
 def test_each_run_is_what_it_is_alone_and_resumes(settings, tmp_path, capsys):
     folder = tmp_path / "many"
     assert start("sweep", settings | {"seeds": 2, "vary": VARY}, folder) == 0
@@ -81,6 +82,7 @@ def test_the_grid_holds_every_combination_with_every_seed():
     assert alone.value_RH.shape == (2, 0) and alone.label(0) == "the settings"
 
 
+@pytest.mark.slow
 def test_every_float_may_differ(settings, tmp_path):
     """Each of them traced, at the values that they have alone."""
     stage = override(sweep.Config().ppo, settings["ppo"], source="the test")

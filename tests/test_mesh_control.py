@@ -67,7 +67,6 @@ MESHES = {
     "fsdp_tensor": Mesh(data=1, fsdp=2, tensor=2),
     "data_sequence": Mesh(data=2, fsdp=1, sequence=2),
 }
-QUICK = {("ppo", "data_fsdp"), ("dqn", "fsdp_tensor")}
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
 
@@ -102,13 +101,10 @@ def all_close(found, expected, rtol=1e-3, atol=1e-5):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [
-        pytest.param(name, shape, marks=[] if (name, shape) in QUICK else [pytest.mark.slow])
-        for name in CONFIGS
-        for shape in MESHES
-    ],
+    [(name, shape) for name in CONFIGS for shape in MESHES],
 )
 def test_worlds_of_a_run_are_split(name, shape):
     mesh = on_mesh.make_mesh(MESHES[shape])

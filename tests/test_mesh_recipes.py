@@ -55,14 +55,9 @@ MESHES = {
     "data_sequence": Mesh(data=2, fsdp=1, sequence=2),
     "fsdp_sequence": Mesh(data=1, fsdp=2, sequence=2),
 }
-# The rest is slow.
-QUICK = {
-    ("sft", "data_fsdp"),
-    ("sft", "data_sequence"),
-    ("ilql", "fsdp_tensor"),
-    ("ppo", "fsdp_tensor"),
-    ("ppo_refilled", "data_fsdp"),
-}
+# Every axis and pair of axes for these, and for all recipes the shapes that hold each axis beside another.
+EVERY_SHAPE = ("sft", "ppo")
+FOR_ALL = ("data_fsdp", "fsdp_tensor", "data_sequence")
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
 
@@ -251,13 +246,10 @@ def laid_out(name, mesh):
     return jax.jit(on_mesh.kept(mesh, program)).lower(*arguments).compile(), arguments
 
 
-EACH = [
-    pytest.param(name, shape, marks=[] if (name, shape) in QUICK else [pytest.mark.slow])
-    for name in CASES
-    for shape in MESHES
-]
+EACH = [(name, shape) for name in CASES for shape in MESHES if name in EVERY_SHAPE or shape in FOR_ALL]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape"), EACH)
 def test_a_recipe_gives_the_numbers_of_one_device_and_splits_the_work(name, shape):
     mesh = on_mesh.make_mesh(MESHES[shape])

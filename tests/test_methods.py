@@ -32,27 +32,27 @@ def stages(folder: Path) -> list[str]:
     return list(dict.fromkeys(line["stage"] for line in read_lines(folder / "metrics.jsonl")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "flags", "logged"),
     [
         ("grpo", (), "group/equal_rewards"),
-        pytest.param("grpo", ("--grpo.algorithm.baseline", "given"), "objective/kl", marks=pytest.mark.slow),
-        pytest.param(
+        ("grpo", ("--grpo.algorithm.baseline", "given"), "objective/kl"),
+        (
             "grpo",
             ("--grpo.algorithm.kl-placement", "loss", "--grpo.algorithm.kl-estimator", "exact"),
             "loss/kl",
-            marks=pytest.mark.slow,
         ),
         (
             "ppo",
             ("--ppo.algorithm.kl-estimator", "exact", "--ppo.algorithm.critic-warmup", "1"),
             "value/mean",
         ),
-        pytest.param("rloo", (), "policy/ratio_mean", marks=pytest.mark.slow),
+        ("rloo", (), "policy/ratio_mean"),
         ("dpo", ("--dpo.algorithm.weighting", "aligned"), "pair/weight"),
-        pytest.param("online_dpo", (), "pair/accuracy", marks=pytest.mark.slow),
-        pytest.param("raft", (), "loss/nll", marks=pytest.mark.slow),
-        pytest.param("soft_q", ("--soft-q.algorithm.beta", "0.1"), "path/error", marks=pytest.mark.slow),
+        ("online_dpo", (), "pair/accuracy"),
+        ("raft", (), "loss/nll"),
+        ("soft_q", ("--soft-q.algorithm.beta", "0.1"), "path/error"),
         ("ilql", ("--ilql.algorithm.expectile", "0.8"), "value/advantage"),
     ],
 )
@@ -68,6 +68,7 @@ def test_every_method_runs_and_is_evaluated(settings, tmp_path, method, flags, l
     assert f"figures/{method}.png" in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_compare_runs_methods_and_seeds_from_one_start(settings, tmp_path, capsys):
     chosen = {"methods": ["dpo", "raft"], "seeds": 2, "kl_weights": [0.1, 0.5]}
     folder = tmp_path / "run"
@@ -92,6 +93,7 @@ def test_compare_runs_methods_and_seeds_from_one_start(settings, tmp_path, capsy
     assert "checkpoint of step 2 of 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_offline_methods_share_their_data_and_values_and_resume_to_the_same_bits(settings, tmp_path):
     folder = tmp_path / "run"
     chosen = {"methods": ["soft_q", "ilql"], "kl_weights": [0.1, 0.5]}

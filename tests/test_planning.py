@@ -25,13 +25,6 @@ from experiments.stages.text import Text
 from rlhfjax.config import Mesh
 from rlhfjax.mesh import make_mesh
 
-# These, with less of them, are quick to lower.
-QUICK: dict[str, dict[str, Any]] = {
-    "length": {},
-    "mountain_car": {"algorithms": "tabular"},
-    "pretrain": {},
-    "star_graph": {"algorithms": "clone"},
-}
 TWO = ("--mesh.data", "2")
 two_devices = pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices")
 
@@ -45,24 +38,15 @@ def planned(name: str, settings: dict[str, Any], *, data: int = 1) -> list[Progr
 # ---- every experiment
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_a_plan_can_be_lowered(name):
-    lowered_plan(name, QUICK[name], doubled=name != "length")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", run.find_experiments(run.HERE))
 def test_every_experiment_has_a_plan_that_can_be_lowered(name):
-    lowered_plan(name, {}, doubled=True)
-
-
-def lowered_plan(name: str, settings: dict[str, Any], *, doubled: bool) -> None:
     config = run.load_experiment(name, run.HERE).Config()
     base = config.text.base if hasattr(config, "text") else ""
     package = base.removeprefix("package:")
     if package != base and importlib.util.find_spec(package) is None:
         pytest.skip(f"the package {package} is not installed")
-    programs = planned(name, settings)
+    programs = planned(name, {})
     assert programs
     for program in programs:
         program.lower()
@@ -71,7 +55,7 @@ def lowered_plan(name: str, settings: dict[str, Any], *, doubled: bool) -> None:
         assert all(leaf.sharding is not None for leaf in jax.tree.leaves(program.arguments))
         # A part is told by which of the arguments it is; the base under adapters is bound to the function.
         assert any(id(leaf) in arguments for leaf in jax.tree.leaves(program.parts)) or not program.parts
-        if doubled and program.at is not None:
+        if program.at is not None:
             more = program.at(2 * program.rows)
             assert (more.stage, more.rows) == (program.stage, 2 * program.rows)
             assert more.parts.keys() == program.parts.keys()

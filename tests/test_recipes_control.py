@@ -499,6 +499,7 @@ def test_a_run_that_was_stopped_has_the_bits_of_a_whole_one(name, key, tmp_path)
     assert_close((whole, metrics), (run, stacked(found)), rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_together_equal_seeds_alone(name):
     keys = jax.random.split(jax.random.key(5), 2)
@@ -535,6 +536,7 @@ def with_floats(config, values):
     return dataclasses.replace(config, **replaced)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo", "pqn", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_a_sweep_over_every_float_equals_separate_runs(name, key):
     """The training is built within the vmap; each float of the config, nested ones too, is traced."""
@@ -614,6 +616,7 @@ def in_rows(config, **changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs 4 devices")
 @pytest.mark.parametrize("name", ["ppo", "pqn"])
 def test_worlds_over_devices_give_the_same_gradient_and_work_is_split_not_repeated(name, key):
@@ -644,6 +647,7 @@ def test_worlds_over_devices_give_the_same_gradient_and_work_is_split_not_repeat
 # Learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_to_catch(name, key):
     """Four rows, three columns: a ball falls three steps, and every one of them can be caught."""

@@ -64,6 +64,7 @@ def test_the_greedy_policy_is_optimal_on_the_slippery_lake(name, environment_ste
         np.testing.assert_allclose(q_SA, best_SA, atol=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_the_greedy_policy_is_optimal_on_the_cliff(name):
     """Nothing is random there, and the step size may stay: Q itself becomes Q*, wherever one may stand."""
