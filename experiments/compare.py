@@ -58,6 +58,22 @@ class Config:
     evaluation: EvaluationStage = field(default_factory=lambda: EvaluationStage(temperatures=()))
 
 
+def results() -> Config:
+    """Less of everything, for the table of all tasks."""
+    return Config(
+        methods=("dpo", "ppo", "grpo", "ilql"),
+        sft=SFTStage(steps=128),
+        preferences=PreferenceStage(prompts=1280, heldout=256),
+        reward=RewardStage(steps=32),
+        ppo=PPOStage(steps=24),
+        grpo=GRPOStage(steps=24),
+        dpo=DPOStage(steps=32),
+        ratings=RatingStage(prompts=1024),
+        ilql=ILQLStage(steps=64, curve=()),
+        evaluation=EvaluationStage(prompts=256, temperatures=(), best_of=(4,)),
+    )
+
+
 def plan(config: Config, mesh) -> list:
     """The programs of all stages and seeds, as shapes."""
     from experiments.stages import comparison
@@ -89,5 +105,5 @@ def run(config: Config, folder) -> dict[str, float]:
         f"{' '.join(config.methods)}, {config.seeds} from seed {folder.seed} on",
         compared.sections,
     )
-    compared.write_results("summarisation")
+    compared.write_results("summarisation", settings=config)
     return compared.summary

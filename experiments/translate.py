@@ -126,7 +126,7 @@ def run(config: Config, folder) -> dict[str, float]:
     from experiments.stages.task import OnHost, Task
     from rlhfjax.report import write_report
 
-    config = _with_data(config)
+    completed = _with_data(config)
     measures = {"BLEU": translation.bleu_of} if translation.has_sacrebleu() else {}
     with ExitStack() as stack:
         given = None
@@ -137,7 +137,7 @@ def run(config: Config, folder) -> dict[str, float]:
             settings = replace(config.host, weights=tuple(config.gain * weight for weight in weights))
             given = OnHost(stack.enter_context(host_reward.open_pool(settings)), settings)
         task = Task("chrF", translation.chrf_of, given, measures)
-        compared = comparison.compare_methods(config, task, folder)
+        compared = comparison.compare_methods(completed, task, folder)
     corpus = translation.corpus_numbers(compared.found, compared.prepared.heldout)
     write_report(
         folder.path,
@@ -145,11 +145,7 @@ def run(config: Config, folder) -> dict[str, float]:
         f"seed {folder.seed} on",
         [*compared.sections, translation.corpus_section(corpus)],
     )
-    flags = f"--language {config.language}"
-    compared.write_results(
-        f"translation en-{config.language}",
-        flags=flags if config.optimised == "chrf" else f"{flags} --optimised {config.optimised}",
-    )
+    compared.write_results(f"translation en-{config.language}", settings=config)
     return compared.summary | {
         ("" if split == "validation" else f"{split}/") + f"{policy}/{name}": value
         for split, by_policy in corpus.items()

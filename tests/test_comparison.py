@@ -2,6 +2,7 @@
 equal length, rows of results."""
 
 import dataclasses
+import shlex
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from tiny_text import write_base, write_pairs
 
-from experiments import translate
+from experiments import compare, translate
 from experiments.stages import (
     comparison,
     configs,
@@ -332,3 +334,30 @@ def test_rows_of_results_are_sampled_at_one_temperature(tmp_path):
         "python experiments/run.py fake --language de --seed 0 --methods ppo --kl-weights 0.1"
     )
     assert rows["best of 4"].command == "python experiments/run.py fake --language de --seed 0"
+
+
+def test_the_command_of_a_row_names_what_is_not_as_by_default(tmp_path):
+    settings = compare.results()
+    flags = comparison.changed_flags(settings)
+    assert flags["sft.steps"] == "--sft.steps 128" and "sft.rows" not in flags
+    command = [word for flag in flags.values() for word in shlex.split(flag)]
+    assert tyro.cli(compare.Config, args=command) == settings  # it makes the same settings
+    chosen = dataclasses.replace(
+        translate.Config(), host=configs.HostRewards(rewards=("a b.py:f", "c:g"), ahead=True)
+    )
+    ratings_as_they_are = dataclasses.replace(chosen.ratings, centred=False)
+    chosen = dataclasses.replace(chosen, ratings=ratings_as_they_are, language="it")
+    command = [word for flag in comparison.changed_flags(chosen).values() for word in shlex.split(flag)]
+    assert tyro.cli(translate.Config, args=command) == chosen
+
+    stages: Any = dict.fromkeys(("ppo", "dpo"))
+    prepared: Any = SimpleNamespace(start="sft")
+    folder: Any = SimpleNamespace(experiment="compare", seed=3, path=tmp_path)
+    compared = comparison.Compared(
+        Task("ROUGE-L", never), 0.7, stages, folder, [folder], prepared, [], {}, {}, {}
+    )
+    row = compared._row(made("ppo, temperature 0.7"), "", flags)
+    assert row is not None
+    assert row.command.startswith("python experiments/run.py compare --seed 3 --methods ppo --")
+    assert "--ppo.steps 24" in row.command and "--sft.steps 128" in row.command
+    assert "--dpo" not in row.command and row.command.count("--methods") == 1

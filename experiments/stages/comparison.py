@@ -13,7 +13,7 @@ and an experiment is then
     def run(config, folder):
         compared = comparison.compare_methods(config, Task("chrF", gold_of, OnDevice(of)), folder)
         write_report(folder.path, "Translation", compared.sections)
-        compared.write_results("translate", flags="--language de")
+        compared.write_results("translate", settings=config)
         return compared.summary
 
 The start (fine-tuned, or the base where sft.steps is 0) and best-of-n by the reward (`evaluation.best_of`) are measured
@@ -23,6 +23,7 @@ and ILQL's values start from the reference, not from the reward model's trunk. W
 reward; only a learned one has deviation 1.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.options import flatten, to_mapping
 from experiments.stages import report, results
 from experiments.stages.evaluation import Policy
 from experiments.stages.length_matched import (
@@ -115,19 +117,23 @@ class Compared:
                 }
         return numbers
 
-    def write_results(self, task: str, *, flags: str = "") -> None:
+    def write_results(self, task: str, *, flags: str = "", settings: Any = None) -> None:
         """Writes results.json: the start, best-of-n and every method, sampled at the temperature of the rollouts, at
         which KL and best-of-n are defined; beside them the start decoded greedily. On the last split evaluated.
 
-        flags: of the command line, beside --methods and --seed.
+        flags: of the command line, beside --methods and --seed, in the commands that make the rows.
+        settings: of the experiment; a row's command names those of them that differ from the defaults, too.
         """
         split = list(self.merged)[-1]
-        rows = [row for policy in self.merged[split] if (row := self._row(policy, flags)) is not None]
+        changed = {} if settings is None else changed_flags(settings)
+        rows = [
+            row for policy in self.merged[split] if (row := self._row(policy, flags, changed)) is not None
+        ]
         results.write_results(
             self.folder, task=task, metric=f"{self.task.gold_name}, {split} split", rows=rows
         )
 
-    def _row(self, policy: Policy, flags: str) -> results.Row | None:
+    def _row(self, policy: Policy, flags: str, changed: Mapping[str, str]) -> results.Row | None:
         """The policy's row in the table of all tasks; None: it has none."""
         start, (label, how) = self.prepared.start, policy.name.split(", ", 1)
         method, weight = _method(label, self.stages)
@@ -144,8 +150,31 @@ class Compared:
         command = ["python experiments/run.py", self.folder.experiment, flags, f"--seed {self.folder.seed}"]
         if label in self.stages:
             command += [f"--methods {method}", f"--kl-weights {weight}" if weight else ""]
+        # Of the methods only its own settings, and not which others were compared.
+        others = {_method(name, self.stages)[0] for name in self.stages} - {method}
+        others |= {"methods", "kl_weights", "seeds"}
+        command += [flag for key, flag in changed.items() if key.split(".")[0] not in others]
         seconds = np.mean([results.stage_seconds(part, *own) for part in self.parts])
         return results.Row(name, policy.gold, kl, float(seconds), " ".join(filter(None, command)))
+
+
+def changed_flags(settings: Any) -> dict[str, str]:
+    """Dotted key -> the flag that sets it, of the settings that differ from their defaults."""
+    defaults = flatten(to_mapping(type(settings)()))
+    flags = {}
+    for key, value in flatten(to_mapping(settings)).items():
+        if value == defaults.get(key):
+            continue
+        section, _, name = f"--{key.replace('_', '-')}".rpartition(".")
+        if value is False:  # --section.no-name
+            section, name = (section, f"no-{name}") if section else ("", f"--no-{name.removeprefix('--')}")
+        words = (
+            []
+            if isinstance(value, bool)
+            else [str(x) for x in (value if isinstance(value, list) else [value])]
+        )
+        flags[key] = " ".join([f"{section}.{name}" if section else name, *map(shlex.quote, words)])
+    return flags
 
 
 def _method(label: str, stages: Mapping[str, Stage]) -> tuple[str, str]:
