@@ -336,10 +336,8 @@ def test_a_sequence_classifier_is_a_reward(tmp_path):
     save_reward_model(folder, config, {"trunk": trunk, "head": head}, pad_token_id=0)
     tokenizer, template = load_tokenizer(folder), load_chat_template(folder)
     function: Any = audit_model.open_reward_model(folder, 4)
-    prompts, texts = (
-        ["What of the cat?"] * 3 + ["2+2"] * 2,
-        ["the mat", "", "a dog sat on the log", "4", "the"],
-    )
+    prompts = ["What of the cat?", "What of the cat?", "2+2", "2+2"]
+    texts = ["the mat", "a dog sat on the log", "4", "the"]
     found = function(prompts=prompts, completions=texts)
     lm, end = decoder(config), BYTE_LEVEL.token_to_id(END)
     assert end is not None
@@ -354,7 +352,7 @@ def test_a_sequence_classifier_is_a_reward(tmp_path):
             mask_BTS=jnp.tril(jnp.ones((1, len(ids), len(ids)), bool)),
         )
         assert score == pytest.approx(float(hidden[0, -1] @ head["kernel"]), abs=1e-3)
-    long = function(prompts=["the cat"], completions=["the mat " * 200])  # cut to what the model can read
-    assert np.isfinite(long).all()
+    # Cut to what the model can read; and one that says nothing, but ends.
+    assert np.isfinite(function(prompts=["the cat"] * 2, completions=["the mat " * 200, ""])).all()
     with pytest.raises(ValueError, match="128 positions"):
         function(prompts=["the cat " * 200], completions=["a"])
