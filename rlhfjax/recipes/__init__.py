@@ -10,6 +10,17 @@ from rlhfjax.recipes.batches import (
     text_policy,
 )
 from rlhfjax.recipes.chats import ChatRollout, Chats, chat_generate, chat_rollout
+from rlhfjax.recipes.game_policies import (
+    AsGameBatch,
+    game_actor_critic,
+    game_kl,
+    game_logp,
+    game_pairs,
+    game_policy,
+    grpo_games,
+    make_game_iteration,
+    ppo_games,
+)
 from rlhfjax.recipes.games import Played, best_games, cut_games, game_episodes, play_games
 from rlhfjax.recipes.host import HostIteration, Iteration, host_iteration, host_iterations
 from rlhfjax.recipes.preference import (
@@ -66,6 +77,7 @@ from rlhfjax.recipes.value import (
 
 __all__ = [
     "AsBatch",
+    "AsGameBatch",
     "ChatRollout",
     "Chats",
     "Experience",
@@ -91,8 +103,14 @@ __all__ = [
     "completion_reward",
     "cut_games",
     "equal_completions",
+    "game_actor_critic",
     "game_episodes",
+    "game_kl",
+    "game_logp",
+    "game_pairs",
+    "game_policy",
     "grpo_batch",
+    "grpo_games",
     "guide_params",
     "host_iteration",
     "host_iterations",
@@ -103,6 +121,7 @@ __all__ = [
     "judged_batch",
     "judged_evaluate",
     "keep_informative",
+    "make_game_iteration",
     "make_learn",
     "make_process_reward_model",
     "make_reward_model",
@@ -114,6 +133,7 @@ __all__ = [
     "pair_evaluate",
     "policy_parameters",
     "ppo_batch",
+    "ppo_games",
     "rated_episodes",
     "reference_logp",
     "soft_batch",

@@ -63,6 +63,7 @@ def play_games(
     key: jax.Array,
     count: int,
     *,
+    samples: int = 1,
     memory: int | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008  (immutable)
     world_params: PyTree = None,
@@ -74,6 +75,8 @@ def play_games(
       lm, params: any `LanguageModel` over the world's vocabulary, also a `guided` one.
       key: consumed. Every game's keys are folded from it by the game's number and the turn's, as `converse` does: the
         same key gives the same worlds, so that players can be compared game by game.
+      samples: games of each world, one behind the other: what is hidden and what chance does in a world is the same in
+        all of them, what the agent draws is not. World i is that of the i-th game where there is one of each.
       memory: turns that attention reaches back over, as in `turn_states`; the cache holds no more. None: all.
       sampling: of the agent's tokens; scalars or [count]. Steps are those of a turn, and a repetition is one of
         anything said or heard in the game.
@@ -81,19 +84,23 @@ def play_games(
       place: lays arrays with a row for each game over devices, `mesh.place_rows(mesh)`, where the model lies on them.
 
     A turn ends with the stop token, or after `world.action_length` tokens. Raises ValueError where the model's
-    vocabulary is not the world's, or where its positions do not hold the longest game.
+    vocabulary is not the world's, where its positions do not hold the longest game, or where `count` is no multiple of
+    `samples`.
     """
-    columns = _check(lm, world, count, memory)
+    columns = _check(lm, world, count, samples, memory)
     env_params = world.env.params if world_params is None else world_params
     slots = (
         columns if memory is None else min(columns, memory * (world.observation_length + world.action_length))
     )
-    key_B = place(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count)))
+    key_B = place(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(count) // samples))
+    sample_B = place(jnp.arange(count) % samples)
     reach = columns if memory is None else memory
 
     def choose(state: _Loop) -> Drawn:
         """The agent's next token and its log-probability, [B], wherever it is its turn to speak."""
         key_agent_B, _ = _turn_keys(key_B, state.table.turn_B)
+        if samples > 1:
+            key_agent_B = jax.vmap(jax.random.fold_in)(key_agent_B, sample_B)
         keys = jax.vmap(jax.random.fold_in)(key_agent_B, state.table.said.length)
         uniform_B = jax.vmap(jax.random.uniform)(keys)
         return sample_token(
@@ -213,11 +220,13 @@ def best_games(games: Conversation, fraction: float) -> Conversation:
     return jax.tree.map(lambda x: np.asarray(x)[np.sort(keep)], games)
 
 
-def _check(lm: LanguageModel, world: TextWorld, count: int, memory: int | None) -> int:
+def _check(lm: LanguageModel, world: TextWorld, count: int, samples: int, memory: int | None) -> int:
     """Tokens of the longest game; ValueError where model and world do not fit."""
     columns = row_length(world)
     if count < 1:
         raise ValueError(f"count must be at least 1 game, got {count}")
+    if samples < 1 or count % samples:
+        raise ValueError(f"count={count} games must be a multiple of samples={samples} of each world")
     if memory is not None and memory < 1:
         raise ValueError(f"memory={memory} must be at least 1 turn; None remembers all")
     if lm.config.vocab_size != len(world.vocabulary):

@@ -9,6 +9,12 @@ from rlhfjax.environments.text.conversation import (
     render,
     row_length,
 )
+from rlhfjax.environments.text.guess_who import (
+    guess_who_optimum,
+    guess_who_player,
+    guess_who_world,
+    people,
+)
 from rlhfjax.environments.text.guessing import best_score
 from rlhfjax.environments.text.maze import DOUBLE_T, MOVES, maze_player, maze_score, maze_table, maze_world
 from rlhfjax.environments.text.star_graph import star_graph_player, star_graph_world
@@ -56,11 +62,15 @@ __all__ = [
     "every_box",
     "everyday_things",
     "five_letter_words",
+    "guess_who_optimum",
+    "guess_who_player",
+    "guess_who_world",
     "maze_player",
     "maze_score",
     "maze_table",
     "maze_world",
     "nonsense_words",
+    "people",
     "phrases",
     "render",
     "row_length",

@@ -18,6 +18,11 @@ Player = Callable[[jax.Array, PyTree], Utterance]
 """A scripted player: `player(key, state) -> Utterance`. It sees the state of one world and consumes the key."""
 
 
+def any_of(key: jax.Array, which: jax.Array) -> jax.Array:
+    """A number where `which` is True, each as likely, int32 []."""
+    return jax.random.categorical(key, jnp.where(which, 0.0, -jnp.inf)).astype(jnp.int32)
+
+
 class Conversation(NamedTuple):
     """Whole games, one a row, right-padded. The first observation of a game stands first, the last one last."""
 

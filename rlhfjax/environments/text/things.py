@@ -124,3 +124,18 @@ def every_box(attributes: int) -> Things:
     pairs = _PAIRS[:attributes]
     names = [" ".join(pair[int(not x)] for pair, x in zip(pairs, row, strict=True)) for row in true_NM]
     return Things(tuple(f"the {name} box" for name in names), tuple(pair[0] for pair in pairs), true_NM)
+
+
+def check_things(things: Things) -> np.ndarray:
+    """`true_NM` as NumPy. ValueError for a table of the wrong shape, and for things that no attribute tells apart."""
+    true_NM = np.asarray(things.true_NM)
+    shape = (len(things.names), len(things.attributes))
+    if true_NM.shape != shape or true_NM.dtype != bool or 0 in shape:
+        raise ValueError(f"true_NM must be bool {list(shape)}, got {true_NM.dtype.name}{list(true_NM.shape)}")
+    _, first_N, number_N = np.unique(true_NM, axis=0, return_index=True, return_inverse=True)
+    first_N = first_N[number_N.reshape(-1)]
+    alike = np.flatnonzero(first_N != np.arange(len(true_NM)))
+    if alike.size:
+        one, other = things.names[first_N[alike[0]]], things.names[alike[0]]
+        raise ValueError(f"no attribute tells {other} from {one}")
+    return true_NM

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhfjax.environments.environment import Environment, Step
-from rlhfjax.environments.text.conversation import Player
+from rlhfjax.environments.text.conversation import Player, any_of
 from rlhfjax.environments.text.guessing import best_score
 from rlhfjax.environments.text.text_world import (
     PAD,
@@ -32,7 +32,7 @@ from rlhfjax.environments.text.text_world import (
     text_world,
     understand,
 )
-from rlhfjax.environments.text.things import Things, everyday_things
+from rlhfjax.environments.text.things import Things, check_things, everyday_things
 
 Array = Any  # NumPy, or JAX where traced
 _QUESTION, _END = "Is it", "?\n"
@@ -63,7 +63,7 @@ def twenty_questions_world(things: Things | None = None, *, turns: int = 20) -> 
     things that no attribute tells apart.
     """
     things = everyday_things(32) if things is None else things
-    true_NM = _check_things(things)
+    true_NM = check_things(things)
     count, attributes = true_NM.shape
     asked = (*things.attributes, *things.names)
     vocabulary = (PAD, _END, _QUESTION, _OPENING, *_ANSWERS, *(f" {text}" for text in asked))
@@ -121,9 +121,9 @@ def twenty_questions_player(world: TextWorld, *, smart: float = 0.5) -> Player:
         left = jnp.sum(possible_N)
         yes_M = jnp.sum(true_NM & possible_N[:, None], axis=0)
         even_M = jnp.minimum(yes_M, left - yes_M)
-        attribute = _any_of(key_which, even_M == jnp.max(even_M))
+        attribute = any_of(key_which, even_M == jnp.max(even_M))
         names = (left <= 2) | (jnp.max(even_M) == 0)
-        well = jnp.where(names, attributes + _any_of(key_which, possible_N), attribute)
+        well = jnp.where(names, attributes + any_of(key_which, possible_N), attribute)
         anything = jax.random.randint(key_any, (), 0, attributes + count, jnp.int32)
         return say(question_P, jnp.where(jax.random.uniform(key_whether) < smart, well, anything))
 
@@ -136,22 +136,3 @@ def twenty_questions_optimum(world: TextWorld, *, work: int = 2_000_000) -> floa
     same_NN = np.eye(len(true_NM), dtype=bool)
     win_PN = np.concatenate([np.zeros_like(true_NM.T), same_NN])
     return best_score(np.concatenate([true_NM.T, same_NN]), win_PN, turns=world.turns, work=work)
-
-
-def _any_of(key: jax.Array, which: jax.Array) -> jax.Array:
-    """A number where `which` is True, each as likely, int32 []."""
-    return jax.random.categorical(key, jnp.where(which, 0.0, -jnp.inf)).astype(jnp.int32)
-
-
-def _check_things(things: Things) -> np.ndarray:
-    true_NM = np.asarray(things.true_NM)
-    shape = (len(things.names), len(things.attributes))
-    if true_NM.shape != shape or true_NM.dtype != bool or 0 in shape:
-        raise ValueError(f"true_NM must be bool {list(shape)}, got {true_NM.dtype.name}{list(true_NM.shape)}")
-    _, first_N, number_N = np.unique(true_NM, axis=0, return_index=True, return_inverse=True)
-    first_N = first_N[number_N.reshape(-1)]
-    alike = np.flatnonzero(first_N != np.arange(len(true_NM)))
-    if alike.size:
-        one, other = things.names[first_N[alike[0]]], things.names[alike[0]]
-        raise ValueError(f"no attribute tells {other} from {one}")
-    return true_NM
