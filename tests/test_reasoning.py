@@ -90,6 +90,11 @@ def test_arithmetic_is_pythons(name):
         for step in steps:
             left, right = step.split("=")
             assert str(eval(left)) == right
+        if (
+            "sum with" in name
+        ):  # the columns' last digits are the answer's, in front of them what is left of the last
+            columns = [step.split("=")[1] for step in steps]
+            assert columns[-1] + "".join(x[-1] for x in reversed(columns[:-1])) == value
         digits = [len(x) for x in q.prompt.replace("*", "+").split("+")]
         assert min(digits) >= (2 if name == "sum with steps" else 1) and max(digits) <= 4
 
