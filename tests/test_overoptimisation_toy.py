@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +20,9 @@ from experiments.stages.overopt_configs import Curves, Toy
 from rlhfjax import run_folder
 from rlhfjax.config import Enumerable
 from rlhfjax.environments import enumerable
+from rlhfjax.guards import parse_guard
+
+PAGE = (Path(runner.__file__).parents[1] / "docs" / "overoptimisation.md").read_text()
 
 SMALL = Toy(
     model=Enumerable(vocab_size=4, length=2),
@@ -119,11 +124,15 @@ def test_ppo_ends_on_the_curve():
     np.testing.assert_allclose(arrays["trained/gold"], arrays["exact/gold"], atol=0.08)
 
 
-def test_curves_on_which_gold_turns_or_does_not():
+@pytest.fixture(scope="module")
+def preset():
+    """The exact curves of the preset, seed 0."""
+    return overopt_toy.exact(Toy(), 0)[0]
+
+
+def test_curves_on_which_gold_turns_or_does_not(preset):
     """Of the preset: luck alone slows gold down, a habit that costs turns it."""
-    config = dataclasses.replace(Toy(), kinds=("noise", "spurious"))
-    exact, _, _ = overopt_toy.exact(config, 0)
-    numbers = overopt_report.toy_numbers(config, exact)
+    exact, numbers = preset, overopt_report.toy_numbers(Toy(), preset)
     for optimiser in ("bon", "rl"):
         assert np.isnan(numbers[f"noise/{optimiser}/turning_kl"])
         assert 0.05 < numbers[f"spurious/{optimiser}/turning_kl"] < 2
@@ -133,6 +142,31 @@ def test_curves_on_which_gold_turns_or_does_not():
     # At the same KL nothing has more of the proxy than the optimum.
     at = np.interp(exact["noise/bon/kl"][1:8], exact["noise/rl/kl"], exact["noise/rl/proxy"])
     assert np.all(at > exact["noise/bon/proxy"][1:8] - 0.02)
+
+
+def test_the_page_has_the_fits_of_the_preset(preset):
+    fits = overopt_report.toy_fits(Toy(), preset)
+    lines = [line for line in PAGE.splitlines() if re.match(r"\| (noise|outliers|spurious|length), ", line)]
+    assert len(lines) == len(fits) == 8
+    for line, (name, found) in zip(lines, fits.items(), strict=True):
+        row = overopt_report.fit_row(name, found)
+        shown = [*row[1:6], row[7].removeprefix("none: it "), row[9]]
+        for cell, value in zip([x.strip() for x in line.strip("| ").split("|")][1:], shown, strict=True):
+            try:
+                assert float(cell) == pytest.approx(float(value), rel=0.02, abs=2e-3), line
+            except ValueError:
+                assert cell == value, line
+
+
+def test_the_code_of_the_page_runs():
+    fit, guard = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    found: dict = {}
+    exec(fit, found)
+    assert 0.5 < found["fit"].peak ** 2 < 5 and found["fit"].r_squared > 0.9
+    exec(guard, found)
+    assert found["grammatical"](["p"] * 2, ["A b.", "a"]) == [1.0, 0.0]
+    for line in re.findall(r'"([a-z_/.:]+[<>][^"]+)"', PAGE):
+        parse_guard(line)
 
 
 @pytest.mark.parametrize(

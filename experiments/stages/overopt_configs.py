@@ -23,19 +23,19 @@ class Toy:
     """What a habit costs in gold one standard deviation above its mean, in those of quality; its square further up."""
     best_of: tuple[int, ...] = POWERS
     """Numbers of samples of best-of-n."""
-    betas: tuple[float, ...] = (8.0, 5.0, 3.0, 2.0, 1.5, 1.2, 1.0, 0.8, 0.65, 0.5, 0.4, 0.32)
+    betas: tuple[float, ...] = (8.0, 5.0, 3.0, 2.0, 1.5, 1.2, 1.0, 0.8, 0.65, 0.5, 0.4, 0.32, 0.25)
     """Reward per nat of KL, in standard deviations of the proxy: points of the RL optimum."""
     trained: tuple[str, ...] = ("ppo", "rloo")
     """Methods that are trained, to be held against the optimum: ppo, rloo."""
-    trained_betas: tuple[float, ...] = (4.0, 2.0, 1.0, 0.5)
+    trained_betas: tuple[float, ...] = (2.0, 1.0, 0.5, 0.25)
     """Reward per nat of the runs that are trained."""
     steps: int = 1000
     """Updates of a run."""
-    prompts: int = 128
+    prompts: int = 64
     """Groups of samples of an update."""
     samples: int = 8
     """Samples of a group."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     """Peak step size of the table, falling to 0."""
 
 
