@@ -29,7 +29,7 @@ class Config:
     labels: Path | None = None
     """JSONL of gold labels of those texts: rows `id` and `gold`, or `chosen` and `rejected` of two ids."""
     prompts: int = 64
-    """Prompts to sample for; of a file, at most so many are read (0: all)."""
+    """Prompts to sample for; of a file all are taken."""
     samples: int = 16
     """Samples of each prompt."""
     temperature: float = 0.7

@@ -1,11 +1,13 @@
 """The statistics of an audit, against SciPy, plain loops and cases with a known answer."""
 
 import itertools
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
+from test_docs_q_learning import blocks
 
 from rlhfjax.ops import best_of_n_mean
 from rlhfjax.rewards import audit
@@ -289,8 +291,28 @@ def test_a_large_number_keeps_its_small_differences():
     assert curve is not None and curve.gain.value == pytest.approx(1.5e-3, rel=1e-3)
 
 
+def test_one_prompt_tells_nothing_of_others():
+    reward, group = np.arange(4.0), np.zeros(4)
+    evidence = audit.Evidence(
+        audit.spread(reward, group, list("abcd")),
+        accuracy=audit.pair_accuracy(reward, audit.gold_pairs(reward, group), group),
+    )
+    (agreement,) = (finding for finding in audit.judge(evidence) if finding.topic == "agreement")
+    assert agreement.grade == "careful" and "one prompt only" in agreement.sentence
+
+
 def test_the_worst_grade_is_the_verdict():
     finding = audit.Finding
     assert audit.overall([]) == "ok"
     assert audit.overall([finding("careful", "", ""), finding("ok", "", "")]) == "careful"
     assert audit.overall([finding("do not use", "", ""), finding("careful", "", "")]) == "do not use"
+
+
+def test_the_code_of_the_page():
+    space: dict[str, Any] = {}
+    (code,) = blocks("choosing_a_reward.md")
+    exec(code, space)
+    found = audit.pair_accuracy(
+        space["reward"], audit.gold_pairs(space["gold"], space["group"]), space["group"]
+    )
+    assert found.value == pytest.approx(float(re.findall(r"# (0\.\d+):", code)[0]))

@@ -197,8 +197,6 @@ def test_preferences_and_single_texts(tmp_path):
     assert begin(file, tmp_path / "run", names=("length",), labels=str(labels)) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["length/pairs"] == 3 and summary["length/accuracy"] == 1
-    first = audit_texts.first_prompts(audit_texts.read_texts(file), 1)
-    assert first.texts == ["a b c", "a"] and [x.tolist() for x in first.pairs] == [[0], [1]]
 
 
 def test_labels_come_to_the_texts_of_their_ids(texts, tmp_path):

@@ -19,8 +19,9 @@ def plan(config: Any, mesh: Any) -> list:
     """The programs of fine-tuning and sampling, as shapes; none where the texts are a file's."""
     if config.texts is not None:
         return []
+    # An evaluation draws one more completion, the greedy one.
     drawn = EvaluationStage(
-        prompts=config.prompts, batch=min(64, config.prompts), temperatures=(), best_of=()
+        prompts=config.prompts, batch=min(64, config.prompts), temperatures=(), best_of=(config.samples - 1,)
     )
     return programs_of_text(config.text, mesh, sft=config.sft, policies={}, evaluation=drawn)
 
@@ -74,9 +75,7 @@ def read(config: Any) -> Texts:
     """The texts of a file, with their labels."""
     texts = audit_texts.read_texts(asset(config.texts))
     if config.labels is not None:
-        texts = audit_texts.with_labels(texts, asset(config.labels))
-    if 0 < config.prompts < len(texts.prompts):
-        return audit_texts.first_prompts(texts, config.prompts)
+        return audit_texts.with_labels(texts, asset(config.labels))
     return texts
 
 
@@ -89,7 +88,7 @@ def sample(config: Any, folder: RunFolder) -> Texts:
     train = loaded.load("train" if config.sft.steps else config.split)
     rows, _ = text.divide(train, config.text.sft_share, folder.seed, finetuned=config.sft.steps > 0)
     params = finetune.finetune(config.sft, loaded, train, rows, folder)
-    found = audit_texts.sampled_texts(
+    found, _ = audit_texts.sampled_texts(
         loaded,
         params,
         folder,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -44,6 +44,13 @@ class Texts:
     def columns_of(self, group: np.ndarray) -> dict[str, list[Any]]:
         """The columns of texts of these prompts."""
         return {name: [column[u] for u in group] for name, column in self.columns.items()}
+
+
+class Drawn(NamedTuple):
+    """How samples came about."""
+
+    length_N: np.ndarray  # tokens
+    finished_N: np.ndarray  # bool, whether each ended by itself
 
 
 @dataclass
@@ -204,7 +211,7 @@ def sampled_texts(
     samples: int,
     temperature: float,
     stage: str = "samples",
-) -> Texts:
+) -> tuple[Texts, Drawn]:
     """Completions of the first prompts of a split, as texts; the column `reference` is that of the data."""
     if prompts < 1 or samples < 1:
         raise ValueError(f"prompts={prompts} and samples={samples} must be at least 1")
@@ -238,8 +245,9 @@ def sampled_texts(
         }
         return arrays, metrics, shown
 
-    stored = run_once(stage, folder=folder, compute=compute)["texts"]
-    return Texts(
+    arrays = run_once(stage, folder=folder, compute=compute)
+    stored = arrays["texts"]
+    texts = Texts(
         [examples.prompts[row] for row in rows],
         [str(x) for x in stored.reshape(-1)],
         np.repeat(np.arange(len(rows)), samples),
@@ -248,23 +256,7 @@ def sampled_texts(
         np.full(stored.size, np.nan),
         NO_PAIRS,
     )
-
-
-def first_prompts(texts: Texts, count: int) -> Texts:
-    """The texts of the first `count` prompts."""
-    kept = np.flatnonzero(texts.group_N < count)
-    new = np.full(len(texts.texts), -1)
-    new[kept] = np.arange(len(kept))
-    inside = np.isin(texts.pairs.winner_K, kept)
-    return Texts(
-        texts.prompts[:count],
-        [texts.texts[i] for i in kept],
-        texts.group_N[kept],
-        [texts.ids[i] for i in kept],
-        {name: column[:count] for name, column in texts.columns.items()},
-        texts.gold_N[kept],
-        Pairs(new[texts.pairs.winner_K[inside]], new[texts.pairs.loser_K[inside]]),
-    )
+    return texts, Drawn(arrays["length"].reshape(-1), arrays["finished"].reshape(-1))
 
 
 def joined(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.stages import fit_rules
-from experiments.stages.audit_texts import Texts
+from experiments.stages.audit_texts import Drawn, Texts
 from experiments.stages.fit_labels import Learnable
 from experiments.stages.fit_rules import Advice, Facts
 from rlhfjax.figures import Panel, plot_panels
@@ -31,8 +31,7 @@ class Found:
     learnable: Learnable | None
     texts: Texts
     reward_N: np.ndarray
-    length_N: np.ndarray
-    finished_N: np.ndarray
+    drawn: Drawn
 
 
 def name_of(config: Any) -> str:
@@ -109,7 +108,7 @@ def spread_section(found: Found) -> Section:
 
 def length_section(config: Any, found: Found) -> Section:
     """Do texts fit?"""
-    length, most = found.length_N, config.text.completion_length
+    length, most = found.drawn.length_N, config.text.completion_length
     rows = [
         ["mean tokens of a sample", float(length.mean())],
         ["95 % of them have at most", float(np.quantile(length, 0.95))],
@@ -225,7 +224,9 @@ def _draw(found: Found, path: Path) -> Path | None:
     if found.learnable is not None:
         curve = found.learnable.curve
         grid = np.geomspace(curve.labels_S[0], 4 * curve.labels_S[-1], 40)
-        lines: dict[str, tuple[Any, Any]] = {"measured": (curve.labels_S, [x.value for x in curve.accuracy_S])}
+        lines: dict[str, tuple[Any, Any]] = {
+            "measured": (curve.labels_S, [x.value for x in curve.accuracy_S])
+        }
         if np.isfinite(curve.exponent):
             lines["power law"] = (grid, audit.expected_accuracy(curve, grid))
         lines["ceiling"] = (grid[[0, -1]], [curve.ceiling] * 2)
@@ -240,7 +241,7 @@ def _draw(found: Found, path: Path) -> Path | None:
             "share of prompts",
         )
     )
-    counts, edges = np.histogram(found.length_N, bins=min(24, max(1, int(found.length_N.max()))))
+    counts, edges = np.histogram(found.drawn.length_N, bins=min(24, max(1, int(found.drawn.length_N.max()))))
     panels.append(
         Panel("share of samples", {"": ((edges[:-1] + edges[1:]) / 2, counts / counts.sum())}, "tokens")
     )

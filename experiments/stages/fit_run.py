@@ -12,7 +12,7 @@ import numpy as np
 from experiments.loop import run_once
 from experiments.stages import finetune, fit_labels, fit_report, fit_rules, text
 from experiments.stages.audit_rewards import Calls, Reward, open_reward
-from experiments.stages.audit_texts import Texts, sampled_texts
+from experiments.stages.audit_texts import Drawn, Texts, sampled_texts
 from experiments.stages.configs import EvaluationStage, PreferenceStage
 from experiments.stages.fit_labels import Learnable
 from experiments.stages.fit_report import Found
@@ -51,7 +51,7 @@ def run(config: Any, folder: RunFolder) -> dict[str, float]:
     calls = Calls(config.workers, config.calls_of, config.timeout)
     reward, loaded, train, rows, params = _start(config, folder)
     labels = tuple(config.labels)
-    texts = sampled_texts(
+    texts, drawn = sampled_texts(
         loaded,
         params,
         folder,
@@ -60,9 +60,6 @@ def run(config: Any, folder: RunFolder) -> dict[str, float]:
         samples=config.samples,
         temperature=config.temperature,
     )
-    with np.load(folder.shared / "arrays" / "samples.npz") as stored:
-        length_N, finished_N = stored["length"].reshape(-1), stored["finished"].reshape(-1)
-
     scores = None if reward is None else _score(reward, texts, calls, folder)
     learnable = None
     if labels:
@@ -103,7 +100,7 @@ def run(config: Any, folder: RunFolder) -> dict[str, float]:
     if scores is None:
         assert learnable is not None
         scores = _score(learnable.largest, texts, calls, folder)
-    found = measure(config, reward, texts, scores, learnable, length_N, finished_N)
+    found = measure(config, reward, texts, scores, learnable, drawn)
     planned = _planned(config, found)
     write_report(
         folder.path,
@@ -192,8 +189,7 @@ def measure(
     texts: Texts,
     scores: tuple[np.ndarray, ...],
     learnable: Learnable | None,
-    length_N: np.ndarray,
-    finished_N: np.ndarray,
+    drawn: Drawn,
 ) -> Found:
     """The facts, and the advice that follows."""
     first, second, given, seconds = scores
@@ -227,16 +223,14 @@ def measure(
         never_solved=never,
         mean=spread.mean,
         seconds=float(seconds),
-        cut=float(1 - finished_N.mean()),
+        cut=float(1 - drawn.finished_N.mean()),
         has_reward=reward is not None,
         has_references="reference" in texts.columns,
         pairs=max(config.labels, default=0) if config.preferences is not None else 0,
         pairs_needed=learnable.needed.value if learnable is not None else math.nan,
         online=config.online,
     )
-    return Found(
-        facts, fit_rules.advise(facts), spread, noise, curve, learnable, texts, first, length_N, finished_N
-    )
+    return Found(facts, fit_rules.advise(facts), spread, noise, curve, learnable, texts, first, drawn)
 
 
 def _is_reference(given: np.ndarray, levels: int) -> bool:

@@ -41,7 +41,7 @@ class Limits:
     """Below: do not use without averaging, since most of what it says is noise."""
     accuracy: float = 0.65
     """Pairs ranked as gold ranks them: below, careful. People agree with each other on 63 to 77 % of such pairs
-    (arXiv:1909.08593, 2009.01325, 2203.02155)."""
+    (arXiv:2204.05862, 2009.01325, 2203.02155)."""
     shallow_careful: float = 0.4
     """Tau with a shallow feature within prompts, where gold's own is less than half of it: above, careful."""
     shallow_disguise: float = 0.8
@@ -164,8 +164,11 @@ def _of_gold(evidence: Evidence, limits: Limits) -> list[Finding]:
             "pairs yourself."
         )
         return [Finding("careful", "agreement", sentence)]
-    if not accuracy.low > 0.5:
-        grade: Grade = "do not use"
+    grade: Grade
+    if np.isnan(accuracy.low):
+        grade, words = "careful", "of one prompt only, from which nothing follows for others"
+    elif not accuracy.low > 0.5:
+        grade = "do not use"
         words = (
             "no better than a coin"
             if accuracy.high >= 0.5
