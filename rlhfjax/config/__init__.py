@@ -10,6 +10,7 @@ from rlhfjax.config.control import ControlDQN, ControlPPO, ControlPQN, ControlTa
 from rlhfjax.config.mesh import Mesh
 from rlhfjax.config.networks import MLP, Decoder, Enumerable, RopeScaling
 from rlhfjax.config.policies import DPO, GRPO, KTO, PPO
+from rlhfjax.config.preferences import ControlPreferences, Labeller, SegmentReward
 from rlhfjax.config.training import SFT, LoRA, Optimizer, RewardModel
 from rlhfjax.config.values import DQN, ILQL, PQN, SoftQ, TabularQ
 
@@ -17,6 +18,7 @@ __all__ = [
     "ControlDQN",
     "ControlPPO",
     "ControlPQN",
+    "ControlPreferences",
     "ControlTabular",
     "DPO",
     "DQN",
@@ -25,6 +27,7 @@ __all__ = [
     "GRPO",
     "ILQL",
     "KTO",
+    "Labeller",
     "LoRA",
     "MLP",
     "Mesh",
@@ -34,6 +37,7 @@ __all__ = [
     "RewardModel",
     "RopeScaling",
     "SFT",
+    "SegmentReward",
     "SoftQ",
     "TabularQ",
 ]

@@ -17,11 +17,32 @@ Metrics of every algorithm, beside its own (float32 scalars):
     environment_steps    taken in the iteration, all worlds together
     epsilon              share of random actions (PQN and DQN)
     replay/count         transitions held (DQN)
+
+`control_preferences` does not see the world's reward: it learns one from compared segments; see `preferences`.
 """
 
 from rlhfjax.recipes.control.dqn import control_dqn
 from rlhfjax.recipes.control.ppo import control_ppo
 from rlhfjax.recipes.control.pqn import control_pqn
+from rlhfjax.recipes.control.preferences import (
+    control_preferences,
+    learned_reward,
+    learned_scores,
+    rounds_of,
+)
 from rlhfjax.recipes.control.training import Run, Training, iterations_of, laid, train
 
-__all__ = ["Run", "Training", "control_dqn", "control_ppo", "control_pqn", "iterations_of", "laid", "train"]
+__all__ = [
+    "Run",
+    "Training",
+    "control_dqn",
+    "control_ppo",
+    "control_pqn",
+    "control_preferences",
+    "iterations_of",
+    "laid",
+    "learned_reward",
+    "learned_scores",
+    "rounds_of",
+    "train",
+]

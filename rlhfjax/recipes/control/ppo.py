@@ -1,7 +1,9 @@
 """PPO in worlds of numbered actions: `rlhfjax.algorithms.ppo`, the file that trains language models, with two MLPs."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import jax.numpy as jnp
 from rlhfjax.algorithms import make_optimizer, ppo
 from rlhfjax.algorithms.algorithm import check_divisible
 from rlhfjax.config import ControlPPO as Config
-from rlhfjax.environments import Environment, Trajectory, batch_first, rollout
+from rlhfjax.environments import Environment, Trajectory, Worlds, batch_first, rollout
+from rlhfjax.environments.rollout import Act
 from rlhfjax.mesh import Devices
 from rlhfjax.networks import mlp
 from rlhfjax.ops import gae
@@ -29,6 +32,24 @@ from rlhfjax.recipes.control.training import (
 )
 
 
+class Parts(NamedTuple):
+    """PPO in a world, in pieces: for a loop that does something between acting and learning.
+
+    init(key) -> Run
+    act(run, key) -> (worlds, trajectory)
+        `config.steps` steps in all worlds; `trajectory.extras` are log-probabilities of the actions.
+    learn(run, trajectory, key) -> (run, metrics)
+        One update on what was done by the policy of `run`; of the trajectory's reward, whatever it is.
+    policy(run) -> act
+        Greedy.
+    """
+
+    init: Callable[[jax.Array], Run]
+    act: Callable[[Run, jax.Array], tuple[Worlds, Trajectory]]
+    learn: Callable[[Run, Trajectory, jax.Array], tuple[Run, Metrics]]
+    policy: Callable[[Run], Act]
+
+
 def control_ppo(env: Environment, config: Config, *, mesh: Devices | None = None) -> Training:
     """PPO as a `Training`; parameters {"policy", "critic"}, metrics of `rlhfjax.algorithms.ppo` and the episodes'.
 
@@ -42,6 +63,18 @@ def control_ppo(env: Environment, config: Config, *, mesh: Devices | None = None
 
     Float fields of the config may be traced. Raises ValueError where a setting does not fit.
     """
+    parts = ppo_parts(env, config, mesh=mesh)
+
+    def iterate(run: Run, key: jax.Array) -> tuple[Run, Metrics]:
+        key_act, key_learn = jax.random.split(key)
+        worlds, trajectory = parts.act(run, key_act)
+        return parts.learn(run._replace(worlds=worlds), trajectory, key_learn)
+
+    return Training(parts.init, iterate, parts.policy, None)
+
+
+def ppo_parts(env: Environment, config: Config, *, mesh: Devices | None = None) -> Parts:
+    """What `control_ppo` is made of; the arguments and errors are its own."""
     shape, encode = observations(env)
     actor = mlp(config.network, shape, env.num_actions or 0)
     critic = mlp(dataclasses.replace(config.network, output_scale=1.0, dueling=False), shape, 1)
@@ -78,25 +111,26 @@ def control_ppo(env: Environment, config: Config, *, mesh: Devices | None = None
         worlds = start_worlds(env, key_worlds, config.worlds)
         return laid(mesh, Run(algorithm.init(params), worlds, None, jnp.int32(0)))
 
-    def iterate(run: Run, key: jax.Array) -> tuple[Run, Metrics]:
-        key_act, key_learn = jax.random.split(key)
+    def act(run: Run, key: jax.Array) -> tuple[Worlds, Trajectory]:
         params = run.learner.params
 
-        def act(observation: jax.Array, key: jax.Array):
+        def choose(observation: jax.Array, key: jax.Array):
             logp_BA = log_policy(params, observation)
             action_B = jax.random.categorical(key, logp_BA).astype(jnp.int32)
             return action_B, jnp.take_along_axis(logp_BA, action_B[:, None], axis=1)[:, 0]
 
-        worlds, trajectory = rollout(env, act, run.worlds, key_act, steps=config.steps)
-        batch = ppo_steps(trajectory, partial(value_of, params), settings)
+        return rollout(env, choose, run.worlds, key, steps=config.steps)
+
+    def learn(run: Run, trajectory: Trajectory, key_learn: jax.Array) -> tuple[Run, Metrics]:
+        batch = ppo_steps(trajectory, partial(value_of, run.learner.params), settings)
         learner, metrics = algorithm.update(run.learner, batch, key_learn)
-        run = Run(learner, worlds, None, run.steps + config.worlds * config.steps)
+        run = Run(learner, run.worlds, None, run.steps + config.worlds * config.steps)
         return laid(mesh, run), metrics | episode_metrics(trajectory)
 
     def policy(run: Run):
         return greedy(log_policy, run.learner.params)
 
-    return Training(init, iterate, policy, None)
+    return Parts(init, act, learn, policy)
 
 
 def ppo_steps(trajectory: Trajectory, value_of, config: ppo.Config) -> ppo.Rollout:
