@@ -28,6 +28,7 @@ from experiments.stages.configs import (
     rloo_stage,
 )
 
+BLEU = "experiments.stages.translation:bleu"
 DESCRIPTION = "machine translation from English: methods side by side on chrF, BLEU or a learned reward"
 
 
@@ -63,9 +64,7 @@ class Config:
         )
     )
     """data: empty is the shipped file of the language."""
-    host: HostRewards = field(
-        default_factory=lambda: HostRewards(rewards=("experiments.stages.translation:bleu",), workers=1)
-    )
+    host: HostRewards = field(default_factory=lambda: HostRewards(rewards=(BLEU,), workers=1))
     sft: SFTStage = field(default_factory=lambda: SFTStage(steps=120, prompt_weight=0.1))
     preferences: PreferenceStage = field(default_factory=lambda: PreferenceStage(prompts=1536, heldout=256))
     """label_temperature: in units of chrF, whatever the reward."""
@@ -133,6 +132,8 @@ def run(config: Config, folder) -> dict[str, float]:
         if config.optimised == "chrf":
             given = translation.chrf_reward(config.gain)
         elif config.optimised == "host":
+            if BLEU in config.host.rewards:
+                translation.sentence_bleu()  # early: that it is missing should not cost the training
             weights = config.host.weights or (1.0,) * len(config.host.rewards)
             settings = replace(config.host, weights=tuple(config.gain * weight for weight in weights))
             given = OnHost(stack.enter_context(host_reward.open_pool(settings)), settings)

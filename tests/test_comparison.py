@@ -30,9 +30,12 @@ from experiments.stages.task import Task
 from rlhfjax import run_folder
 from rlhfjax.networks import Branches
 
-sacrebleu = pytest.importorskip("sacrebleu")
-
 CONFIG = configs.Text(prompt_length=10, completion_length=6)
+
+
+@pytest.fixture
+def sacrebleu():
+    return pytest.importorskip("sacrebleu")
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +81,6 @@ def test_chrf_on_the_device_is_the_gold_score_of_the_prompts_numbered(loaded, tr
     np.testing.assert_allclose(found, 10.0 * translation.chrf_of(train)(rows, texts), rtol=1e-5)
     np.testing.assert_allclose(found[:, 0], 10.0, rtol=1e-6)  # the data's own translation
     assert (found[:, 1] < 9.0).any()
-    wanted = sacrebleu.sentence_chrf(texts[1][1], [train.references[0]]).score / 10.0
-    assert found[1, 1] == pytest.approx(wanted, rel=1e-5)
 
 
 def never(*_: Any) -> Any:
@@ -131,7 +132,14 @@ def test_the_number_of_a_prompt_reaches_a_reward_on_the_device(loaded, train):
 # ------------------------------------------------------------------------------------------------------- translation
 
 
-def test_bleu_is_sacrebleus(train):
+def test_chrf_is_sacrebleus(sacrebleu, train):
+    texts = [train.references[1], "red sun", "Öl für Käse"]
+    gold = translation.chrf_of(train)(np.asarray([0]), [texts])
+    wanted = [sacrebleu.sentence_chrf(x, [train.references[0]]).score / 100 for x in texts]
+    np.testing.assert_allclose(gold, [wanted], atol=1e-9)
+
+
+def test_bleu_is_sacrebleus(sacrebleu, train):
     texts = ["red sun ox tea", "map kit", "red sun map"]
     wanted = [sacrebleu.sentence_bleu(x, ["red sun ox map"]).score / 100 for x in texts]
     found = translation.bleu(texts, texts, reference=["red sun ox map"] * 3)
@@ -141,7 +149,7 @@ def test_bleu_is_sacrebleus(train):
     assert gold[0, 0] == pytest.approx(1.0) and gold[0, 1] < 0.5
 
 
-def test_scores_of_the_corpus_are_of_the_rows_evaluated(train):
+def test_scores_of_the_corpus_are_of_the_rows_evaluated(sacrebleu, train):
     own = made("sft, greedy", texts=train.references[:5])
     other = made("ppo, greedy", texts=train.references[1:6])
     found = translation.corpus_numbers({"validation": [[own, other], [own, own]]}, {"validation": train})

@@ -58,7 +58,15 @@ def test_translate_runs_and_resumes_on_every_reward(settings, tmp_path, flags, b
         *(names.get(method, method) for method in methods),
     ]
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary[f"{methods[0]}, greedy/gold"] >= 0
+    # The reward in the evaluation is that of the split's own references.
+    scores = {"chrf": "gold", "host": "BLEU"}
+    if flags[1] in scores:
+        for how in ("temperature 0.7", "greedy"):
+            name = f"{methods[0]}, {how}"
+            assert summary[f"{name}/reward"] == pytest.approx(
+                10 * summary[f"{name}/{scores[flags[1]]}"], rel=1e-5
+            )
+            assert summary[f"{name}/gold"] > 0
     kept = {
         path: path.read_bytes() for path in (folder / "seed-0").glob("*.jsonl") if path.name != "perf.jsonl"
     }
