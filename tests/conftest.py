@@ -17,14 +17,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most of a run's time is compilation: most of that is saved by optimising nothing, where no test is slow by what
-    it computes, and compiled programs are kept from one test run to the next.
+    """Most of a run's time is compilation: most of that is saved by optimising nothing, unless XLA_FLAGS says how
+    much, and compiled programs are kept from one test run to the next.
 
     `pytest --cache-clear` empties the store, `-p no:cacheprovider` does without it. Of a damaged entry JAX
     warns, and compiles anew.
     """
-    if config.option.markexpr == "not slow":
-        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+    given = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_optimization_level" not in given:
+        flags = [given, "--xla_backend_optimization_level=0"]
         if jax.__version_info__ < (0, 11):  # later ones abort at a flag that they do not know
             flags.append("--xla_cpu_use_fusion_emitters=false")
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()

@@ -20,6 +20,7 @@ from rlhfjax.networks import Branches
 from rlhfjax.recipes.text import text_actor_critic
 
 MODEL = Enumerable(vocab_size=3, length=2)
+pytestmark = pytest.mark.xdist_group("referee")  # the table takes minutes: one worker makes it
 
 
 @pytest.fixture(scope="module")
