@@ -111,7 +111,7 @@ def corpus_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> S
         if numbers
     ]
     if not rows:
-        text = "sacrebleu is not installed, so that there is no score of the corpus: pip install sacrebleu."
+        text = 'sacrebleu is not installed, so that there is no score of the corpus: pip install "rlhfjax[eval]".'
         return Section("Scores of the corpus", text)
     text = "By sacrebleu with its defaults, means over the seeds. Short texts weigh less here than in means of sentences."
     return Section("Scores of the corpus", text, Table(["split", "policy", "chrF", "BLEU"], rows))
@@ -119,5 +119,5 @@ def corpus_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> S
 
 def _sacrebleu() -> Any:
     if not has_sacrebleu():
-        raise ValueError('BLEU needs sacrebleu: pip install "sacrebleu>=2.4"')
+        raise ValueError('BLEU needs sacrebleu: pip install "rlhfjax[eval]"')
     return import_module("sacrebleu.metrics")
