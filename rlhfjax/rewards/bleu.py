@@ -126,5 +126,5 @@ def exact_match_on_device(table: ByteTable, *, case: bool = True) -> Callable[..
 @lru_cache(maxsize=1)
 def _tokenizer_13a() -> Any:
     if find_spec("sacrebleu") is None:
-        raise ValueError("words_13a needs sacrebleu: pip install "rlhfjax[eval]"; or give another `tokenize`")
+        raise ValueError('words_13a needs sacrebleu: pip install "rlhfjax[eval]"; or give another `tokenize`')
     return import_module("sacrebleu.tokenizers.tokenizer_13a").Tokenizer13a()
