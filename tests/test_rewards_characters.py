@@ -57,8 +57,9 @@ def test_characters_of_every_length_are_read():
 
 def test_lower_case_and_white_space_are_pythons():
     every = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
-    assert len(fold(every)) == len(every) and every[0x20000:].lower() == fold(every[0x20000:])
-    assert {a for a, b in zip(every[:0x20000], fold(every), strict=False) if a.lower() != b} == {"İ"}
+    assert fold("İ") == "İ" and fold("ΑΣ") == "ασ"  # unlike str.lower
+    others = every.replace("İ", "")
+    assert fold(others) == others.lower()  # a sigma has letters around it there
     table = space_map()
     spaces = np.flatnonzero(table.value[table.page].reshape(-1))
     assert "".join(map(chr, spaces)) == "".join(c for c in every if c.isspace())

@@ -208,6 +208,8 @@ def _combined(flags: int, added: int, removed: int) -> int:
 
 def _taken(kind: Any, value: Any, flags: int) -> np.ndarray:
     """The code points that one item takes, as edges: asked of `re`."""
+    if kind.name == "LITERAL" and not flags & re.IGNORECASE:
+        return np.array([value, value + 1])
     state = _parser.State()
     state.flags, state.str = flags & ~re.DEBUG.value, ""
     one = _parser.SubPattern(state, [(kind, value)])
@@ -215,6 +217,7 @@ def _taken(kind: Any, value: Any, flags: int) -> np.ndarray:
     return _edges(_compiler.compile(some, 0))
 
 
+@lru_cache(maxsize=64)
 def _edges(some: re.Pattern) -> np.ndarray:
     """Where the runs that a pattern finds in all code points begin and end, int [2 * runs], rising."""
     return np.array([run.span() for run in some.finditer(_every_character())], np.int64).reshape(-1)
