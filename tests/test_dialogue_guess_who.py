@@ -152,6 +152,7 @@ def test_known_optima():
     )  # two questions, one of two
 
 
+@pytest.mark.slow
 def test_players_of_various_skill():
     """Who always takes a turn well is at the optimum where splits can be even, who never does loses all."""
     world = guess_who_world(people(16, 8), turns=7)

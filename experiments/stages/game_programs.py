@@ -34,13 +34,14 @@ def programs_of_games(config: Any, task: Task, mesh: Devices) -> list[Program]:
     collecting = games.scripted_games(task.world, task.demonstrator, config.games, mesh)
     found = [Program("data", "scripted games", collecting, (key_shape(mesh),), 1, rows=config.games)]
     for name in dict.fromkeys(["clone", *names]):
-        found += _of_method(name, config, lm, task, mesh, evaluated=name in names)
+        found += programs_of_method(name, config, lm, task, mesh, evaluated=name in names)
     return found
 
 
-def _of_method(
+def programs_of_method(
     name: str, config: Any, lm: LanguageModel, task: Task, mesh: Devices, *, evaluated: bool
 ) -> list[Program]:
+    """Of one method of `games.METHODS`; `evaluated`: its games at the end too."""
     stage, play = getattr(config, name), config.play
     method = games.make_method(name, config, lm, task, jax.random.key(0))
     cloned = state_shapes(mesh, lm.init, jax.random.key(0))

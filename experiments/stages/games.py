@@ -111,7 +111,7 @@ def collect(task: Task, count: int, folder: RunFolder) -> Conversation:
 
     def compute():
         converses = scripted_games(task.world, task.demonstrator, count, make_mesh(folder.mesh))
-        games = fetch(converses(_key(folder, "data")))
+        games = fetch(converses(run_key(folder, "data")))
         longest = int(games.mask_BN.sum(axis=1).max())
         games = games._replace(
             **{name: getattr(games, name)[:, :longest] for name in ("token_BN", "mask_BN", "turn_BN")},
@@ -176,8 +176,8 @@ def learn(
     if mesh.size > 1:  # every device draws rows from all of them
         episodes = jax.jit(lambda x: x, out_shardings=whole(mesh))(episodes)
     frozen = cloned if method.keeps_clone else ()
-    advance = make_updates(method, stage, play, mesh, _key(folder, name))
-    games_of, key_play = player(method.lm, task, play.games, mesh), _key(folder, "play")
+    advance = make_updates(method, stage, play, mesh, run_key(folder, name))
+    games_of, key_play = player(method.lm, task, play.games, mesh), run_key(folder, "play")
 
     @jax.jit
     def try_out(params):
@@ -225,7 +225,7 @@ def evaluate(policies: Sequence[Policy], task: Task, play: Play, folder: RunFold
     """Games of every policy, sampled and greedy, in the same worlds; in the stage `evaluation`."""
 
     def compute():
-        key, arrays, numbers, rows = _key(folder, "evaluation"), {}, {}, []
+        key, arrays, numbers, rows = run_key(folder, "evaluation"), {}, {}, []
         mesh = make_mesh(folder.mesh)
         compiled = {id(policy.lm): player(policy.lm, task, play.final_games, mesh) for policy in policies}
         for name, lm, params in policies:
@@ -247,7 +247,7 @@ def scripted(
     players: Mapping[str, Player], task: Task, play: Play, folder: RunFolder
 ) -> dict[str, np.ndarray]:
     """Scores of scripted players in the worlds that policies are evaluated in, [G] each."""
-    key, mesh = _key(folder, "evaluation"), make_mesh(folder.mesh)
+    key, mesh = run_key(folder, "evaluation"), make_mesh(folder.mesh)
     return {
         name: fetch(scripted_games(task.world, one, play.final_games, mesh)(key).score_B)
         for name, one in players.items()
@@ -344,29 +344,37 @@ def returned(games: Conversation, discount: float) -> Conversation:
     return games._replace(reward_BT=np.asarray(reward_BT))  # pyright: ignore[reportArgumentType]
 
 
+def learn_one(
+    name: str,
+    config: Any,
+    lm: LanguageModel,
+    cloned: dict,
+    task: Task,
+    games: Conversation,
+    folder: RunFolder,
+) -> list[Policy]:
+    """Runs the method of that name by `config`'s section, from the params `cloned`; returns its policies."""
+    _, key_values = jax.random.split(run_key(folder, "networks"))
+    method, stage = make_method(name, config, lm, task, key_values), getattr(config, name)
+    if name == "best":
+        games = best_games(games, config.best_fraction)
+    elif name in VALUE_METHODS and stage.algorithm.bootstrap == "returns":
+        games = returned(games, stage.algorithm.discount)
+    return method.policies(learn(name, method, cloned, games, task, stage, config.play, folder))
+
+
 def learn_all(names: Sequence[str], config: Any, task: Task, games: Conversation, folder: RunFolder):
     """Runs the methods in order and returns their policies: those of `config`'s sections of the same names.
 
     The clone is always trained, since the others start from it.
     """
     lm = language_model(task, config.network, make_mesh(folder.mesh))
-    key_clone, key_values = jax.random.split(_key(folder, "networks"))
-    policies: list[Policy] = []
-
-    def run(name: str, cloned: dict) -> Any:
-        method, stage, data = make_method(name, config, lm, task, key_values), getattr(config, name), games
-        if name == "best":
-            data = best_games(games, config.best_fraction)
-        elif name in VALUE_METHODS and stage.algorithm.bootstrap == "returns":
-            data = returned(games, stage.algorithm.discount)
-        params = learn(name, method, cloned, data, task, stage, config.play, folder)
-        policies.extend(method.policies(params) if name in names else [])
-        return params
-
-    cloned = run("clone", lm.init(key_clone))
+    key_clone, _ = jax.random.split(run_key(folder, "networks"))
+    (cloned,) = learn_one("clone", config, lm, lm.init(key_clone), task, games, folder)
+    policies = [cloned] if "clone" in names else []
     for name in names:
         if name != "clone":
-            run(name, cloned)
+            policies += learn_one(name, config, lm, cloned.params, task, games, folder)
     return policies
 
 
@@ -399,6 +407,6 @@ def check(config: Any, names: Sequence[str], mesh: Devices) -> None:
         maker.make(lambda params, inputs: inputs, optimizer, stage.algorithm)
 
 
-def _key(folder: RunFolder, name: str) -> jax.Array:
+def run_key(folder: RunFolder, name: str) -> jax.Array:
     """A key of the run for each use, whatever other stages there are."""
     return jax.random.fold_in(jax.random.key(folder.seed), zlib.crc32(name.encode()) & 0x7FFFFFFF)
