@@ -206,6 +206,5 @@ def test_a_run_compares_methods_and_tells_pass_at_k(tmp_path):
 def test_where_several_answers_are_right_the_verifier_is_on_the_host(tmp_path):
     settings = TINY | {"task": "countdown", "methods": ["grpo", "dpo"]}
     assert start("reasoning", settings, tmp_path / "run") == 0
-    assert any(
-        "perf/reward_seconds" in line for line in (tmp_path / "run" / "seed-0" / "metrics.jsonl").open()
-    )
+    perf = (json.loads(line) for line in (tmp_path / "run" / "seed-0" / "perf.jsonl").open())
+    assert any("reward_seconds" in line for line in perf if line["stage"] == "grpo")
