@@ -1,9 +1,9 @@
 """Translation: chrF and BLEU as gold scores and as rewards, and scores of a whole corpus."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,20 +12,20 @@ from experiments.stages.evaluation import Policy
 from experiments.stages.preferences import Gold
 from experiments.stages.task import DeviceReward, OnDevice
 from experiments.stages.text import Examples, Text
+from rlhfjax import rewards
 from rlhfjax.mesh import whole
 from rlhfjax.recipes import completion_reward
 from rlhfjax.report import Section, Table
-from rlhfjax.rewards import byte_table, chrf, chrf_on_device, references
 
 
 def chrf_of(examples: Examples) -> Gold:
     """The gold scorer of these pairs: chrF against the translation in the data, in [0, 1]."""
-    return _gold(examples, chrf)
+    return _gold(examples, rewards.chrf)
 
 
 def bleu_of(examples: Examples) -> Gold:
     """Sentence BLEU against the translation in the data, in [0, 1]; needs sacrebleu."""
-    return _gold(examples, sentence_bleu())
+    return _gold(examples, partial(rewards.bleu, tokenize=rewards.words_13a))
 
 
 def _gold(examples: Examples, score: Callable[[str, str], float]) -> Gold:
@@ -42,11 +42,11 @@ def chrf_reward(gain: float) -> OnDevice:
 
     def of(text: Text, examples: Examples) -> DeviceReward:
         tokenizer = text.tokenizer
-        table = byte_table(
+        table = rewards.byte_table(
             [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], text.lm.config.vocab_size
         )
-        score = completion_reward(chrf_on_device(table))
-        params = jax.device_put(references(examples.references), whole(text.mesh))
+        score = completion_reward(rewards.chrf_on_device(table))
+        params = jax.device_put(rewards.references(examples.references), whole(text.mesh))
         return DeviceReward(params, lambda params, branches, index_B: gain * score(params, branches, index_B))
 
     return OnDevice(of)
@@ -57,29 +57,18 @@ def has_sacrebleu() -> bool:
     return find_spec("sacrebleu") is not None
 
 
-def sentence_bleu() -> Callable[[str, str], float]:
-    """(translation, reference) -> sacrebleu's sentence BLEU with effective order, over 100.
-
-    Raises ValueError where sacrebleu is not installed.
-    """
-    metric = _sacrebleu().BLEU(effective_order=True)
-    return lambda text, reference: metric.sentence_score(text, [reference]).score / 100.0
-
-
-def bleu(
-    prompts: Sequence[str], completions: Sequence[str], *, reference: Sequence[str], **_: object
+def bleu_reward(
+    prompts: Sequence[str], completions: Sequence[str], *, reference: Sequence[str], **columns: object
 ) -> list[float]:
-    """A reward in Python: sentence BLEU in [0, 1]; needs sacrebleu."""
-    del prompts
-    score = sentence_bleu()
-    return [score(text, wanted) for text, wanted in zip(completions, reference, strict=True)]
+    """A reward in Python: sentence BLEU in [0, 1], words as sacrebleu cuts them by default; needs sacrebleu."""
+    return rewards.bleu_reward(rewards.words_13a)(prompts, completions, reference=reference, **columns)
 
 
 def corpus_scores(texts: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
     """chrF and BLEU of a corpus by sacrebleu's defaults, in [0, 100]; nothing without it."""
     if not has_sacrebleu():
         return {}
-    metrics = _sacrebleu()
+    metrics = import_module("sacrebleu.metrics")
     return {
         name: float(metric.corpus_score(list(texts), [list(wanted)]).score)
         for name, metric in (("corpus chrF", metrics.CHRF()), ("corpus BLEU", metrics.BLEU()))
@@ -113,11 +102,5 @@ def corpus_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> S
     if not rows:
         text = 'sacrebleu is not installed, so that there is no score of the corpus: pip install "rlhfjax[eval]".'
         return Section("Scores of the corpus", text)
-    text = "By sacrebleu with its defaults, means over the seeds. Short texts weigh less here than in means of sentences."
+    text = "By sacrebleu with its defaults, means over the seeds. Short texts weigh less than in means of sentences."
     return Section("Scores of the corpus", text, Table(["split", "policy", "chrF", "BLEU"], rows))
-
-
-def _sacrebleu() -> Any:
-    if not has_sacrebleu():
-        raise ValueError('BLEU needs sacrebleu: pip install "rlhfjax[eval]"')
-    return import_module("sacrebleu.metrics")
