@@ -404,6 +404,7 @@ def numbers(tree):
     return [np.asarray(x) for x in keys]
 
 
+@pytest.mark.slow
 def test_a_round_asks_fits_and_learns():
     config = SMALL
     run = jax.jit(control_preferences(cart_pole(limit=12), config).init)(KEY)
