@@ -133,6 +133,7 @@ START = jnp.array([0.5, 0.1, -0.3, 0.0])
 def test_the_coefficient_of_the_state_is_what_acts(placement):
     """A state with another coefficient steps as the algorithm configured with that one, in the same program."""
     low, high = toy(placement, 0.1), toy(placement, 0.7)
+    chex.clear_trace_counter()
     update = jax.jit(chex.assert_max_traces(low.update, n=1))
     state = low.init(START)
     plain, metrics = update(state, ROLLOUT, jax.random.key(0))
