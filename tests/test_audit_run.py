@@ -16,12 +16,13 @@ from tiny_text import write_world
 from tiny_tokenizers import BYTE_LEVEL
 
 from experiments import run
-from experiments.stages import audit_model, audit_texts
+from experiments.stages import audit_measure, audit_model, audit_texts
+from experiments.stages.audit_rewards import Calls, Reward
 from rlhfjax.data import load_chat_template, load_tokenizer
 from rlhfjax.networks import decoder
 from rlhfjax.pretrained import load_pretrained, save_reward_model
 from rlhfjax.rewards import rouge_l
-from rlhfjax.run_folder import read_lines
+from rlhfjax.run_folder import RunFolder, read_lines
 
 REWARDS = """
 import random, threading
@@ -176,6 +177,19 @@ def test_the_numbers_of_the_summary(whole, texts):
     )
 
 
+def test_a_none_stays_with_its_text():
+    """Whatever the calls are cut into, and whichever thread makes them."""
+
+    def odd(prompts, completions, number, **_):
+        assert [f"text {n}" for n in number] == list(completions)
+        return [None if n % 3 == 0 else float(n) for n in number]
+
+    texts = [f"text {n}" for n in range(50)]
+    calls = Calls(workers=3, calls_of=4, timeout=60.0)
+    found = calls.score(Reward("odd", "", odd), texts, texts, {"number": range(50)})
+    np.testing.assert_array_equal(found, [np.nan if n % 3 == 0 else n for n in range(50)])
+
+
 @pytest.mark.slow
 def test_a_resumed_audit_asks_nothing_again(whole, capsys):
     before = (whole / "summary.json").read_bytes()
@@ -216,11 +230,6 @@ def test_labels_come_to_the_texts_of_their_ids(texts, tmp_path):
     ("what", "words"),
     [
         ("return [1.0]", "texts 0 to 127: reward 'bad' gave 1 numbers for 16 completions"),
-        ("return [None] * len(completions)", "reward 'bad' gave None for all 128 texts"),
-        ("return [float('nan')] * len(completions)", "give a finite number"),
-        ("return ['good'] * len(completions)", "gave 'good' for sample 0"),
-        ("return 'good'", "reward 'bad' gave 4 numbers"),
-        ("return 1.0", "gave float; give a list of numbers"),
         ("raise KeyError('no such server')", "raised KeyError: 'no such server'"),
         ("time.sleep(60)", "gave no answer within 3 s"),
     ],
@@ -232,6 +241,26 @@ def test_a_faulty_reward_is_told_and_loses_nothing(texts, what, words, tmp_path,
     out = " ".join("".join(capsys.readouterr()).split())
     assert words in out and "Traceback (most" not in out and "--resume" in out
     assert "scores_constant" in [line["stage"] for line in read_lines(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([None] * 2, "reward 'bad' gave None for all 2 texts"),
+        ([float("nan")] * 2, "give a finite number"),
+        (["good"] * 2, "gave 'good' for sample 0"),
+        ("good", "reward 'bad' gave"),
+        (1.0, "gave float"),
+    ],
+)
+def test_what_a_reward_must_not_give(given, words, tmp_path):
+    reward = Reward("bad", "", lambda prompts, completions, **_: given)
+    texts = audit_texts.Texts(
+        ["p"], ["a", "b"], np.zeros(2, int), ["0", "1"], {}, np.full(2, np.nan), audit_texts.NO_PAIRS
+    )
+    (tmp_path / "arrays").mkdir()
+    with pytest.raises(ValueError, match=words):
+        audit_measure.ask(reward, texts, Calls(1, 2, 60.0), 2, 0, RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -250,11 +279,11 @@ def test_a_faulty_reward_is_told_and_loses_nothing(texts, what, words, tmp_path,
         ('{"prompt": "p", "completion": "a", "id": 1}\n' * 2, "a text with the id '1' already"),
     ],
 )
-def test_a_bad_file_is_told(rows, words, tmp_path, capsys):
+def test_a_bad_file_is_told(rows, words, tmp_path):
     file = tmp_path / "texts.jsonl"
     file.write_text(rows)
-    assert begin(file, tmp_path / "run") == 1
-    assert words in " ".join("".join(capsys.readouterr()).split())
+    with pytest.raises(ValueError, match=re.escape(words)):
+        audit_texts.read_texts(file)
 
 
 @pytest.mark.parametrize(
@@ -267,20 +296,19 @@ def test_a_bad_file_is_told(rows, words, tmp_path, capsys):
         ('{"id": "p0/0"}', "a label has the fields `id` and `gold`"),
     ],
 )
-def test_a_bad_label_is_told(texts, rows, words, tmp_path, capsys):
+def test_a_bad_label_is_told(texts, rows, words, tmp_path):
     file = tmp_path / "labels.jsonl"
     file.write_text(rows)
-    assert begin(texts, tmp_path / "run", labels=str(file)) == 1
-    assert words in " ".join("".join(capsys.readouterr()).split())
+    read = audit_texts.read_texts(texts)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        audit_texts.with_labels(read, file)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"rewards": []}, "name a reward to audit"),
-        ({"rewards": ["experiments/rewards.py:sentimen"]}, "did you mean 'sentiment'?"),
         ({"rewards": ["experiments/assets"]}, "experiments/assets holds no reward model"),
-        ({"rewards": ["a:b", "a:b"]}, "names one of them twice"),
         ({"gold": "nothing"}, "reward 'nothing' must be FILE.py:NAME"),
         ({"texts": "nowhere.jsonl"}, "no data file at"),
         ({"gold": "experiments/rewards.py:no_repetition", "labels": "x"}, "gold is given twice"),

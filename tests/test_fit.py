@@ -180,14 +180,25 @@ def test_given_pairs_that_fit_are_read_in_an_order_of_the_seed(world, text, tmp_
 
 
 @pytest.mark.parametrize(
+    ("labels", "heldout", "learnt", "words"),
+    [
+        ((100,), 8, 0.8, "must be two growing numbers or more"),
+        ((100, 100), 8, 0.8, "must be two growing numbers or more"),
+        ((100, 200), 1, 0.8, "heldout=1 must be at least 2"),
+        ((), 8, 1.0, "learnt=1.0 lie between 0 and 1"),
+    ],
+)
+def test_labels_that_make_no_curve(labels, heldout, learnt, words):
+    with pytest.raises(ValueError, match=words):
+        fit_labels.check(labels, heldout, learnt)
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"labels": [100]}, "must be two growing numbers or more"),
         ({"labels": [200, 100]}, "must be two growing numbers or more"),
-        ({"learnt": 1.0}, "learnt=1.0 lie between 0 and 1"),
         ({"samples": 2}, "samples=2 must be at least 4"),
         ({"reward": "none"}, "there is no reward"),
-        ({"reward": "experiments/rewards.py:nothing"}, "has no function 'nothing'"),
         ({"split": "tset"}, "has no rows of split 'tset'"),
         ({"preferences": "nowhere.jsonl", "sft": {"steps": 0}}, "no data file at nowhere.jsonl"),
     ],
