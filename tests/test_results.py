@@ -97,10 +97,10 @@ def test_a_run_goes_on_with_the_task_where_it_stopped(tmp_path, capsys):
     report = (tmp_path / "run" / "report.md").read_text()
     assert "figures/results.png" in report and re.search(r"\| dpo \|", report)
     (tmp_path / "run" / "dialogue" / "seed-1" / "results.json").unlink()
-    before = (tmp_path / "run" / "dialogue" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns
+    before = (tmp_path / "run" / "dialogue" / "seed-0" / "results.json").stat().st_mtime_ns
     assert run.main(["--resume", str(tmp_path / "run")]) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text()).keys() == summary.keys()
-    assert (tmp_path / "run" / "dialogue" / "seed-0" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert (tmp_path / "run" / "dialogue" / "seed-0" / "results.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
