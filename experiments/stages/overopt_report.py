@@ -72,11 +72,20 @@ def fit_row(name: str, found: Fitted) -> list:
         f"{found.fit.r_squared:.3f}",
         f"{found.fit.residual:.3g}",
         None if math.isnan(found.extrapolated) else f"{found.extrapolated:.3g}",
-        f"{peak**2:.2f}" if inside else "beyond the points",
+        _peak(found) if inside else "beyond the points",
         "none: it does not turn" if turn is None else f"{found.d[turn] ** 2:.2f}",
         f"{found.fit.peak_gain:.3f}" if inside else None,
         f"{found.gain.max():.3f}",
     ]
+
+
+def _peak(found: Fitted) -> str:
+    """The peak in nats, with its 95 % interval over prompts where there are resamplings."""
+    if not found.resampled:
+        return f"{found.fit.peak**2:.2f}"
+    low, high = np.percentile([min(x.peak, 1e3) for x in found.resampled], [2.5, 97.5], method="nearest")
+    shown = f"{high**2:.2f}" if high < 1e3 else "none"
+    return f"{found.fit.peak**2:.2f} [{low**2:.2f}, {shown}]"
 
 
 def _shown(x: Interval | float) -> str:
