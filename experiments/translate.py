@@ -28,7 +28,7 @@ from experiments.stages.configs import (
     rloo_stage,
 )
 
-BLEU = "experiments.stages.translation:bleu"
+BLEU = "experiments.stages.translation:bleu_reward"
 DESCRIPTION = "machine translation from English: methods side by side on chrF, BLEU or a learned reward"
 
 
@@ -124,6 +124,7 @@ def run(config: Config, folder) -> dict[str, float]:
     from experiments.stages import comparison, host_reward, translation
     from experiments.stages.task import OnHost, Task
     from rlhfjax.report import write_report
+    from rlhfjax.rewards import words_13a
 
     completed = _with_data(config)
     measures = {"BLEU": translation.bleu_of} if translation.has_sacrebleu() else {}
@@ -133,7 +134,7 @@ def run(config: Config, folder) -> dict[str, float]:
             given = translation.chrf_reward(config.gain)
         elif config.optimised == "host":
             if BLEU in config.host.rewards:
-                translation.sentence_bleu()  # early: that it is missing should not cost the training
+                words_13a("")  # early: that sacrebleu is missing should not cost the training
             weights = config.host.weights or (1.0,) * len(config.host.rewards)
             settings = replace(config.host, weights=tuple(config.gain * weight for weight in weights))
             given = OnHost(stack.enter_context(host_reward.open_pool(settings)), settings)

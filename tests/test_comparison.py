@@ -142,7 +142,7 @@ def test_chrf_is_sacrebleus(sacrebleu, train):
 def test_bleu_is_sacrebleus(sacrebleu, train):
     texts = ["red sun ox tea", "map kit", "red sun map"]
     wanted = [sacrebleu.sentence_bleu(x, ["red sun ox map"]).score / 100 for x in texts]
-    found = translation.bleu(texts, texts, reference=["red sun ox map"] * 3)
+    found = translation.bleu_reward(texts, texts, reference=["red sun ox map"] * 3)
     np.testing.assert_allclose(found, wanted)
     assert 0 < found[2] < found[0] < 1
     gold = translation.bleu_of(train)(np.asarray([2]), [[train.references[2], "kit"]])
@@ -160,12 +160,11 @@ def test_scores_of_the_corpus_are_of_the_rows_evaluated(sacrebleu, train):
     assert "sft, greedy" in str(translation.corpus_section(found).table)
 
 
-def test_without_sacrebleu_there_is_chrf_and_bleu_says_what_it_needs(monkeypatch, train):
+def test_without_sacrebleu_there_is_chrf(monkeypatch, train):
     monkeypatch.setattr(translation, "find_spec", lambda name: None)
     assert not translation.has_sacrebleu() and translation.corpus_scores(["a"], ["a"]) == {}
     assert translation.chrf_of(train)(np.asarray([0]), [[train.references[0]]])[0, 0] == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="pip install"):
-        translation.sentence_bleu()
+    assert "pip install" in translation.corpus_section({"validation": {"sft, greedy": {}}}).text
 
 
 def test_the_language_chooses_the_data_and_labels_are_as_noisy_whatever_the_reward():
