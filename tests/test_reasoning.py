@@ -165,6 +165,7 @@ def test_countdown_counts_any_expression_of_the_numbers():
     assert verify(["3 5 8=16"] * 7, wrong) == [0.0] * 7
     some_of_them = reasoning.verify_countdown(use_all=False)
     assert some_of_them(["3 5 8=40"] * 3, ["5*8", "5*8*3/3", "8*5"]) == [1.0, 0.0, 1.0]
+    assert verify(["3 5 8=40"], ["5*8"]) == [0.0]
     assert verify(["2 3 4=1"], ["4/(2*3)"]) == [0.0]
     assert verify(["1 3 4 6=24"], ["6/(1-3/4)"]) == [1.0]  # by a fraction
     with pytest.raises(ValueError, match="'3 5 8' is no countdown"):

@@ -35,8 +35,8 @@ def pass_at_k(correct: ArrayLike, *, k: ArrayLike, mask: ArrayLike | None = None
     counted = jnp.sum(mask, axis=-1, dtype=jnp.float32)[..., None]
     right = jnp.sum(correct & mask, axis=-1, dtype=jnp.float32)[..., None]
     i_N = jnp.broadcast_to(jnp.arange(1, correct.shape[-1] + 1, dtype=jnp.float32), correct.shape)
-    # Where k exceeds some i, so few are wrong that every subset holds a right one: a factor of 0.
-    factor_N = jnp.where((i_N > counted - right) & (i_N <= counted), jnp.maximum(1 - k / i_N, 0.0), 1.0)
+    # Where fewer than k are wrong every subset holds a right one: one factor, that of i = k, is 0.
+    factor_N = jnp.where((i_N > counted - right) & (i_N <= counted), 1 - k / i_N, 1.0)
     passed = 1 - jnp.prod(factor_N, axis=-1)
     return jnp.where(counted[..., 0] < k, jnp.nan, passed)
 
