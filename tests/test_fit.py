@@ -94,6 +94,12 @@ GOOD = Facts(
         ({}, "yes", "grpo", "The reward is cheap"),
         ({"constant": True}, "no", "grpo", "nothing to learn from"),
         (
+            {"constant": True, "never_solved": 1.0},
+            "no",
+            "raft",
+            "nothing to learn from.* 100% .* not solved once",
+        ),
+        (
             {"flat": Estimate(0.95, 0.9, 1.0)},
             "no",
             "best_of_n",

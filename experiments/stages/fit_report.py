@@ -241,7 +241,10 @@ def _draw(found: Found, path: Path) -> Path | None:
             "share of prompts",
         )
     )
-    counts, edges = np.histogram(found.drawn.length_N, bins=min(24, max(1, int(found.drawn.length_N.max()))))
+    length = found.drawn.length_N
+    # Bins of whole tokens, each of as many.
+    edges = np.arange(length.min() - 0.5, length.max() + 1.5 + length.max() // 25, 1 + length.max() // 25)
+    counts, _ = np.histogram(length, edges)
     panels.append(
         Panel("share of samples", {"": ((edges[:-1] + edges[1:]) / 2, counts / counts.sum())}, "tokens")
     )

@@ -73,10 +73,10 @@ def advise(facts: Facts) -> Advice:
 
 
 def _worth(facts: Facts) -> tuple[Worth, list[str]]:
-    if facts.constant:
-        return "no", ["The reward gives the same to every text: there is nothing to learn from."]
     against, doubts = [], []
-    if facts.flat.low > FLAT or (np.isnan(facts.flat.low) and facts.flat.value > FLAT):
+    if facts.constant:
+        against.append("The reward gives the same to every text: there is nothing to learn from.")
+    elif facts.flat.low > FLAT or (np.isnan(facts.flat.low) and facts.flat.value > FLAT):
         against.append(
             f"In {facts.flat.value:.0%} of the prompts all samples score alike, so that nothing is learnt from them."
         )
@@ -97,7 +97,9 @@ def _worth(facts: Facts) -> tuple[Worth, list[str]]:
     if np.isfinite(facts.never_solved) and facts.mean > SOLVED:
         against.append(f"{facts.mean:.0%} of the samples solve their prompt already.")
     size = facts.gain.value / facts.std if facts.std > 0 else 0.0
-    if not facts.gain.low > 0:
+    if facts.constant:
+        doubts = []  # what it does not give it cannot gain
+    elif not facts.gain.low > 0:
         doubts.append(f"Choosing the best of {facts.n} shows no gain: {_signed(facts.gain)}.")
     elif size < SMALL:
         doubts.append(
