@@ -227,7 +227,8 @@ def words(text: Characters) -> Items:
 def runs(code_BN: jax.Array, inside_BN: jax.Array, cut_BN: jax.Array | None = None) -> Items:
     """The runs of characters that lie inside, in order. cut_BN: bool, a run ends behind this character; None: none."""
     start_BN, index_BN, end_BN = run_places(inside_BN, cut_BN)
-    first_BN, second_BN = hashes_between(code_BN, start_BN, index_BN)
+    # Without the barrier the compiler computes sums over the row anew for every place that is written.
+    first_BN, second_BN = jax.lax.optimization_barrier(hashes_between(code_BN, start_BN, index_BN))
     first_BW, count_B = packed(first_BN, end_BN)
     second_BW, _ = packed(second_BN, end_BN)
     most = (code_BN.shape[1] + 1) // 2 if cut_BN is None else code_BN.shape[1]
