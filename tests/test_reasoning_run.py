@@ -119,7 +119,9 @@ def test_passes_are_told_by_policy_and_number_of_samples(tmp_path):
         "validation": {"sft": reasoning.Passed(right, answer), "grpo": reasoning.Passed(~right, answer)}
     }
     sections = reasoning.pass_sections(passed, folder_at(tmp_path / "run"), 1.0)
-    header, rows = sections[0].table.header, sections[0].table.rows
+    table = sections[0].table
+    assert table is not None
+    header, rows = table.header, table.rows
     assert list(header) == ["policy", "pass@1", "pass@2", "pass@4", "maj@2"]
     assert [row[0] for row in rows] == ["sft", "grpo"]
     np.testing.assert_allclose([x.value for x in rows[0][1:4]], [0.625, 0.75, 1.0])
