@@ -94,7 +94,7 @@ class Config:
             temperature=1.0,
             missing_eos_penalty=None,
             algorithm=PPO(kl_coefficient=0.01, epochs=1, minibatches=2, value_coefficient=0.5),
-            optimizer=_optimizer(0.005),
+            optimizer=_optimizer(0.0015),
         )
     )
     grpo: GRPOStage = field(
@@ -111,7 +111,7 @@ class Config:
                 aggregation="token",
                 minibatches=2,
             ),
-            optimizer=_optimizer(0.005),
+            optimizer=_optimizer(0.0015),
         )
     )
     rloo: GRPOStage = field(
@@ -123,7 +123,7 @@ class Config:
             temperature=1.0,
             missing_eos_penalty=None,
             algorithm=replace(rloo_stage().algorithm, kl_coefficient=0.01, length_constant=20.0),
-            optimizer=_optimizer(0.005),
+            optimizer=_optimizer(0.0015),
         )
     )
     dpo: DPOStage = field(
@@ -143,7 +143,7 @@ class Config:
     )
     raft: RAFTStage = field(
         default_factory=lambda: RAFTStage(
-            steps=60, samples=8, temperature=1.0, missing_eos_penalty=None, optimizer=_optimizer(0.005)
+            steps=60, samples=8, temperature=1.0, missing_eos_penalty=None, optimizer=_optimizer(0.0015)
         )
     )
     ratings: RatingStage = field(default_factory=lambda: RatingStage(prompts=1024))

@@ -65,7 +65,7 @@ def _grpo(kl_coefficient: float, guards: Guards) -> GRPOStage:
             aggregation="token",
             minibatches=2,
         ),
-        optimizer=_optimizer(0.01),
+        optimizer=_optimizer(0.004),
     )
 
 
@@ -133,7 +133,7 @@ class Config:
             missing_eos_penalty=None,
             guards=_watched(),
             algorithm=PPO(kl_coefficient=0.05, epochs=1, minibatches=2, value_coefficient=0.5),
-            optimizer=_optimizer(0.005),
+            optimizer=_optimizer(0.003),
         )
     )
     grpo: GRPOStage = field(default_factory=lambda: _grpo(0.05, _watched()))
@@ -149,7 +149,7 @@ class Config:
             missing_eos_penalty=None,
             guards=_watched(),
             algorithm=replace(rloo_stage().algorithm, kl_coefficient=0.05),
-            optimizer=_optimizer(0.01),
+            optimizer=_optimizer(0.004),
         )
     )
     dpo: DPOStage = field(
