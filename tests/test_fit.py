@@ -114,6 +114,7 @@ GOOD = Facts(
         ({"gain": Estimate(0.2, -0.1, 0.5)}, "perhaps", "grpo", "shows no gain"),
         ({"cut": 0.7}, "perhaps", "grpo", "70% of the samples are cut off"),
         ({"gain_of_4": 0.18}, "yes", "best_of_n", "90% of the gain of the best of 16"),
+        ({"gain_of_4": 0.2, "n": 4}, "yes", "grpo", "no critic is needed"),
         ({"seconds": 0.5}, "yes", "dpo", "The reward takes 64 s for the 128 texts"),
         ({"reference_lead": Estimate(0.1, 0.05, 0.2)}, "yes", "sft", "imitate them first"),
         ({"reference_lead": Estimate(0.1, -0.05, 0.2)}, "yes", "grpo", "no critic is needed"),

@@ -149,7 +149,7 @@ def _method(facts: Facts) -> tuple[Method, list[str]]:
             f"{facts.pairs} pairs are enough for a reward model, which can judge new samples; it is wrong at times, "
             "and PPO's value function averages."
         ]
-    if facts.flat.value > FLAT or facts.gain_of_4 >= MOST * facts.gain.value:
+    if facts.flat.value > FLAT or (facts.n > 4 and facts.gain_of_4 >= MOST * facts.gain.value):
         return "best_of_n", [
             f"The best of 4 has {facts.gain_of_4 / facts.gain.value:.0%} of the gain of the best of {facts.n}: "
             "choosing among a few samples may be all that is needed."
