@@ -2,20 +2,21 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from running import start
 
-from experiments import control_preferences
+from experiments import control_preferences, run
 from experiments.stages import control_preferences_report as words
 from experiments.stages.control_preferences import Found, choice_of, make_study, make_variants
 from experiments.stages.results import read_results
 from rlhfjax.config import Mesh
 from rlhfjax.mesh import make_mesh
 from rlhfjax.report import Interval
-from rlhfjax.run_folder import RunFolder
+from rlhfjax.run_folder import RunFolder, read_lines
 
 SETTINGS = {
     "seeds": 2,
@@ -112,10 +113,21 @@ def test_a_run_leaves_everything_behind_and_resumes_to_the_same_bits(tmp_path):
     pytest.importorskip("matplotlib")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert start("control_preferences", SETTINGS | {"env": "grid"}, whole) == 0
-    assert start("control_preferences", SETTINGS | {"env": "grid"}, broken, "--max-steps", "1") == 0
-    (broken / "summary.json").unlink()
-    from experiments import run
-
+    # Stopped after the first step of its second stage.
+    shutil.copytree(whole, broken)
+    lines = read_lines(broken / "metrics.jsonl")
+    first, second, *_ = dict.fromkeys(line["stage"] for line in lines)
+    kept = [line for line in lines if line["stage"] == first or (line["stage"], line["step"]) == (second, 1)]
+    (broken / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    for name in ("summary.json", "report.md", "results.json"):
+        (broken / name).unlink()
+    shutil.rmtree(broken / "arrays", ignore_errors=True)
+    for path in (broken / "checkpoints").iterdir():
+        if path.name not in (first, second):
+            shutil.rmtree(path)
+    for path in (broken / "checkpoints" / second).iterdir():
+        if path.name.isdigit() and int(path.name) > 1:
+            shutil.rmtree(path)
     assert run.main(["--resume", str(broken)]) == 0
     for name in ("metrics.jsonl", "summary.json"):
         assert (whole / name).read_bytes() == (broken / name).read_bytes()

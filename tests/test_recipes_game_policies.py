@@ -348,9 +348,12 @@ def test_the_optimum_under_a_kl_is_reached(name):
     learnt = np.exp(np.asarray(policy(params, jnp.array([4]))))
     np.testing.assert_allclose(learnt, np.exp(first), atol=0.05)
     assert np.abs(np.exp(np.asarray(policy(reference, jnp.array([4])))) - np.exp(first)).max() > 0.15
-    for c in range(2):
-        learnt = np.exp(np.asarray(policy(params, jnp.array([4, 2, 4 + c]))))
-        np.testing.assert_allclose(learnt, np.exp(second[2, c][0]), atol=0.05)
+    for v in range(4):
+        learnt = np.exp(np.asarray(policy(params, jnp.array([4, v, 4]))))
+        np.testing.assert_allclose(learnt, np.exp(second[v, 0][0]), atol=0.02)
+    # After the rarer coin the small network gives one answer to most first tokens.
+    learnt = np.exp(np.asarray(policy(params, jnp.array([4, 2, 5]))))
+    np.testing.assert_allclose(learnt, np.exp(second[2, 1][0]), atol=0.1)
 
 
 # ---- preferences and KL
