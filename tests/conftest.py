@@ -16,6 +16,16 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run every N-th test only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    every = config.getoption("--every")
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % every])
+    items[:] = items[::every]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Most of a run's time is compilation: most of that is saved by optimising nothing, unless XLA_FLAGS says how
     much, and compiled programs are kept from one test run to the next.

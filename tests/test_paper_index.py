@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhfjax import config, generation, networks, ops, recipes, rewards
+from rlhfjax import config, generation, networks, ops, overoptimisation, recipes, rewards
 from rlhfjax.algorithms import (
     Algorithm,
     dpo,
@@ -182,6 +182,10 @@ def namespace(module: str) -> dict[str, Any]:
         "length": jnp.arange(1, 5),
         "logit": REWARD,
         "label": jnp.ones((B, G)),
+        "correct": REWARD > 0,
+        "potential": REWARD,
+        "d": np.array([0.5, 1.0, 2.0]),
+        "gain": np.array([0.2, 0.3, 0.1]),
         "lm": LM,
         "is_policy": lambda params: {"policy": True, "critic": False},
         "evaluate_ptx": logp_of,
@@ -195,6 +199,7 @@ def namespace(module: str) -> dict[str, Any]:
         | PAIRS
         | {
             "ops": ops,
+            "overoptimisation": overoptimisation,
             "rewards": rewards,
             "recipes": recipes,
             "partial": partial,
