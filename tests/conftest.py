@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    every = config.getoption("--every")
+    every = config.option.every
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % every])
     items[:] = items[::every]
 

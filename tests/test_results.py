@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_a_table_over_runs(tmp_path):
     shifted = Row("ppo", BETTER.gold + 1.0, 0.75, 5.0, BETTER.command)
     runs = [Results("a task", "points", [BASE, BETTER]), Results("a task", "points", [BASE, shifted])]
     first, table = all_results.sections({"task": runs}, folder)
-    assert first.figures[0][0].exists()
+    assert Path(first.figures[0][0]).exists()
     assert table.title == "a task" and table.table is not None
     base, better = table.table.rows
     assert base[1] == nested_bootstrap_interval([BASE.gold] * 2, 0, resamples=4000)
@@ -79,7 +80,8 @@ def test_a_table_over_runs(tmp_path):
         "task/ppo/seconds": 4.0,
     }
     fewer = Results("a task", "points", [BASE, Row("ppo", BETTER.gold[:2], 0.75, 5.0, "")])
-    assert all_results.sections({"task": [fewer]}, folder)[1].table.rows[1][3] == ""  # other items, no lead
+    table = all_results.sections({"task": [fewer]}, folder)[1].table
+    assert table is not None and table.rows[1][3] == ""  # other items, no lead
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_the_device_gives_what_the_host_gives():
     got = jax.jit(lambda token, mask: {of: reward(None, token, mask) for of, reward in made.items()})(
         TOKEN_BT, MASK_BT
     )
-    for of in made:
+    for of in OFS:
         expected = lexicon_reward(weights, of)(TEXTS, TEXTS, other=TEXTS)
         assert len(set(expected)) > 30 and got[of].dtype == np.float32
         np.testing.assert_allclose(got[of], expected, atol=1e-6)

@@ -12,6 +12,7 @@ from experiments.stages.game_configs import (
     sarsa_values,
     value_stage,
 )
+from experiments.stages.game_configs import Play as PlayInGames
 from rlhfjax.config import DPO, GRPO, PPO, Optimizer, SoftQ
 
 Method = Literal["clone", "best", "dpo", "ppo", "grpo", "rloo", "ilql", "monte_carlo", "soft_q"]
@@ -97,7 +98,7 @@ class DPOGames:
 
 
 @dataclass(frozen=True)
-class Play:
+class Play(PlayInGames):
     """How policies are tried out."""
 
     points: int = 10
