@@ -1,4 +1,4 @@
-"""Every task, methods side by side, over seeds: what docs/results.md shows, by one command.
+"""Every task, methods side by side, over seeds, by one command.
 
 Each task is an experiment of its own, run here with the settings below; what has ended is not run again on --resume.
 """
@@ -13,7 +13,7 @@ from experiments.reasoning import Config as Reasoning
 from experiments.sentiment import Config as Sentiment
 from experiments.translate import Config as Translate
 
-DESCRIPTION = "every task, its methods side by side, over seeds: the table of docs/results.md"
+DESCRIPTION = "every task, its methods side by side, over seeds: one table"
 TASKS = {
     "summarize": compare,
     "translate": translate,
