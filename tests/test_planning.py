@@ -39,7 +39,9 @@ def planned(name: str, settings: dict[str, Any], *, data: int = 1) -> list[Progr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*run.find_experiments(run.HERE)} - {"results"}))  # its plan is others'
+@pytest.mark.parametrize(
+    "name", sorted({*run.find_experiments(run.HERE)} - {"results"})
+)  # its plan is others'
 def test_every_experiment_has_a_plan_that_can_be_lowered(name):
     config = run.load_experiment(name, run.HERE).Config()
     base = config.text.base if hasattr(config, "text") else ""
