@@ -42,6 +42,13 @@ def test_what_is_constant_has_no_correlation():
         assert np.isnan(correlation(np.full(3, 0.1), np.arange(3.0)))
 
 
+def test_vectors_of_other_lengths_are_named():
+    with pytest.raises(ValueError, match=r"reward \(3,\), gold \(2,\) and group \(3,\)"):
+        audit.best_of_n_curve(np.zeros(3), np.zeros(2), np.zeros(3, int))
+    with pytest.raises(ValueError, match=r"reward \(2,\), group \(2,\) and 1 texts"):
+        audit.spread(np.zeros(2), np.zeros(2, int), ["a"])
+
+
 def test_a_correlation_refuses_what_has_none():
     with pytest.raises(ValueError, match="finite numbers"):
         audit.spearman(np.asarray([1.0, np.nan]), np.arange(2.0))

@@ -12,6 +12,7 @@ from rlhfjax.rewards.characters import (
     folded,
     hashes_of,
     reference_characters,
+    score_against_references,
     space_map,
     without_space,
     words,
@@ -96,11 +97,21 @@ def test_references_are_looked_up_by_row():
     for texts in ([], "abc"):
         with pytest.raises(ValueError, match="references must be a list of texts"):
             references(texts)
+    with pytest.raises(TypeError, match=r"references\[1\] must be a text, got 2"):
+        references(["a", 2])  # pyright: ignore[reportArgumentType]
 
 
 def test_wrong_arrays_are_refused():
     with pytest.raises(ValueError, match="vocab_size is 3 and there are 259 tokens"):
         byte_table([BYTES.token_bytes(i) for i in range(259)], 3)
     for token, mask in ((TOKEN_BT[0], MASK_BT[0]), (TOKEN_BT, MASK_BT.astype(int)), (TOKEN_BT, MASK_BT[:3])):
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="token_BT must be integer"):
             characters(token, mask, TABLE)
+    score = score_against_references(TABLE, lambda text, reference: text.length_B - reference.length_B)
+    rows = jnp.zeros(len(TOKEN_BT), jnp.int32)
+    with pytest.raises(ValueError, match="index_B .3,. must have a row for each of token_BT"):
+        score(references(["a"]), TOKEN_BT, MASK_BT, rows[:3])
+    with pytest.raises(AssertionError, match="index_B must be integer"):
+        score(references(["a"]), TOKEN_BT, MASK_BT, rows.astype(float))
+    with pytest.raises(TypeError, match="must be `references.texts.`, got list"):
+        score(["a"], TOKEN_BT, MASK_BT, rows)  # pyright: ignore[reportArgumentType]

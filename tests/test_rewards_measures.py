@@ -192,6 +192,8 @@ def test_what_cannot_be_is_refused():
         (lambda: distinct_reward(0), "n must be at least 1"),
         (lambda: distinct_on_device(TABLE, 0), "n must be at least 1"),
         (lambda: over_length_reward(3, slope=-1.0), "slope must be above 0"),
+        (lambda: over_length_reward(-1), "a length must be finite and at least 0, it is -1"),
+        (lambda: near_length_on_device(float("nan"), token_count), "a length must be finite"),
         (lambda: over_length_on_device(3, token_count, slope=0.0), "slope must be above 0"),
         (lambda: last_number_reward(tolerance=-1.0), "tolerance must be at least 0"),
         (lambda: last_number_on_device(TABLE, tolerance=float("nan")), "tolerance must be at least 0"),

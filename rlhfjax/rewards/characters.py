@@ -105,6 +105,9 @@ def references(texts: Sequence[str]) -> References:
     """
     if isinstance(texts, str) or not texts:
         raise ValueError(f"references must be a list of texts, at least one, got {texts!r:.60}")
+    for r, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"references[{r}] must be a text, got {text!r:.60}")
     codes = [np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts]
     length_R = np.array([len(code) for code in codes], np.int32)
     largest = max((int(code.max()) for code in codes if len(code)), default=0)
@@ -169,9 +172,10 @@ def characters(token_BT: jax.Array, mask_BT: jax.Array, table: ByteTable) -> Cha
 
     token_BT: integer ids, each a row of the table; mask_BT: bool, False drops the position.
     """
-    chex.assert_rank([token_BT, mask_BT], 2)
-    chex.assert_type([token_BT, mask_BT], [int, bool])
-    chex.assert_equal_shape([token_BT, mask_BT])
+    what = "token_BT must be integer [B, T] and mask_BT bool of the same shape"
+    chex.assert_rank([token_BT, mask_BT], 2, custom_message=what)
+    chex.assert_type([token_BT, mask_BT], [int, bool], custom_message=what)
+    chex.assert_equal_shape([token_BT, mask_BT], custom_message=what)
     byte_VL, length_V = (jnp.asarray(x) for x in table)
     batch, longest = token_BT.shape[0], byte_VL.shape[1]
     length_BT1 = jnp.where(mask_BT, length_V[token_BT], 0)[:, :, None]
@@ -185,7 +189,10 @@ def characters(token_BT: jax.Array, mask_BT: jax.Array, table: ByteTable) -> Cha
 
 def reference_characters(references: References, index_B: jax.Array) -> tuple[Characters, jax.Array]:
     """The references of these rows, and bool [B]: whether there is such a row."""
-    chex.assert_type(index_B, int)
+    if not isinstance(references, References):
+        raise TypeError(f"params of this reward must be `references(texts)`, got {type(references).__name__}")
+    chex.assert_rank(index_B, 1, custom_message="index_B must be integer [B], the row of each completion")
+    chex.assert_type(index_B, int, custom_message="index_B must be integer [B], the row of each completion")
     rows = references.length_R.shape[0]
     known_B = (index_B >= 0) & (index_B < rows)
     row_B = jnp.clip(index_B, 0, rows - 1)
@@ -276,6 +283,8 @@ def score_against_references(
     def reward(
         references: References, token_BT: jax.Array, mask_BT: jax.Array, index_B: jax.Array
     ) -> jax.Array:
+        if index_B.shape != token_BT.shape[:1]:
+            raise ValueError(f"index_B {index_B.shape} must have a row for each of token_BT {token_BT.shape}")
         reference, known_B = reference_characters(references, index_B)
         score_B = score(characters(token_BT, mask_BT, table), reference)
         return jnp.where(known_B, score_B, jnp.nan).astype(jnp.float32)

@@ -9,6 +9,7 @@ A count on the host is a function of a text, `count_words` or `len`. On the devi
 DAPO's penalty, which grows over the last tokens before a limit, is `ops.soft_overlong_penalty`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -38,6 +39,7 @@ def near_length_reward(
     wanted: float, count: Callable[[str], int] = count_words
 ) -> Callable[..., list[float]]:
     """A host reward: -|count - wanted|, at most 0."""
+    _check(wanted)
     return _on_host(count, lambda n: -abs(n - wanted))
 
 
@@ -45,18 +47,19 @@ def over_length_reward(
     limit: float, count: Callable[[str], int] = count_words, *, slope: float = 1.0
 ) -> Callable[..., list[float]]:
     """A host reward: -slope for each unit above the limit, 0 up to it. slope in reward per unit, above 0."""
-    _check(slope)
+    _check(limit, slope)
     return _on_host(count, lambda n: -slope * max(0.0, n - limit))
 
 
 def near_length_on_device(wanted: float, count: Count) -> Callable[..., jax.Array]:
     """`reward(params, token_BT, mask_BT) -> float32 [B]`, as `near_length_reward` gives it; params are not used."""
+    _check(wanted)
     return _on_device(count, lambda n_B: -jnp.abs(n_B - wanted))
 
 
 def over_length_on_device(limit: float, count: Count, *, slope: float = 1.0) -> Callable[..., jax.Array]:
     """`reward(params, token_BT, mask_BT) -> float32 [B]`, as `over_length_reward` gives it; params are not used."""
-    _check(slope)
+    _check(limit, slope)
     return _on_device(count, lambda n_B: -slope * jnp.maximum(0.0, n_B - limit))
 
 
@@ -87,6 +90,8 @@ def _on_device(count: Count, score: Callable[[jax.Array], jax.Array]) -> Callabl
     return reward
 
 
-def _check(slope: float) -> None:
+def _check(length: float, slope: float = 1.0) -> None:
+    if isinstance(length, int | float) and not 0 <= length < math.inf:  # an array may be traced
+        raise ValueError(f"a length must be finite and at least 0, it is {length}")
     if not slope > 0:
         raise ValueError(f"slope must be above 0 for a penalty, it is {slope}")

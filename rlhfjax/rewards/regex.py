@@ -37,7 +37,7 @@ class RegexAutomaton(NamedTuple):
 
 def regex_reward(pattern: str, how: How = "fullmatch") -> Callable[..., list[float]]:
     """A host reward: 1.0 where `re.fullmatch` (or `re.search`) finds the pattern in a completion, else 0.0."""
-    match = _matcher(re.compile(pattern), how)
+    match = _matcher(_compiled(pattern), how)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
         del prompts, columns
@@ -82,9 +82,16 @@ def regex_automaton(pattern: str, how: How = "fullmatch") -> RegexAutomaton:
     Raises re.error for what `re` does not understand, and ValueError, which names the part, for what no automaton does,
     or one that would have more than 4,096 states (long counted repeats of overlapping parts).
     """
-    _matcher(re.compile(pattern), how)
+    _matcher(_compiled(pattern), how)
     parts = _Parts(pattern, how)
     return _determinise(pattern, parts, *_classes(parts))
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise re.error(f"{pattern!r} is no regular expression: {error.msg}", pattern, error.pos) from None
 
 
 def _matcher(compiled: re.Pattern, how: str) -> Callable[[str], Any]:

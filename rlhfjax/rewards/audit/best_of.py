@@ -37,6 +37,11 @@ def best_of_n_curve(
     """
     reward = np.asarray(reward_N, np.float64)
     gold = None if gold_N is None else np.asarray(gold_N, np.float64)
+    if any(x is not None and x.shape != reward.shape for x in (gold, np.asarray(group_N))):
+        raise ValueError(
+            f"reward {reward.shape}, gold {None if gold is None else gold.shape} and group "
+            f"{np.shape(group_N)} must be vectors of one length, an entry for each text"
+        )
     known = np.isfinite(reward) & (np.isfinite(gold) if gold is not None else True)
     group = np.asarray(group_N)[known]
     prompts, group, size = np.unique(group, return_inverse=True, return_counts=True)

@@ -34,6 +34,10 @@ def spread(reward_N: np.ndarray, group_N: np.ndarray, texts_N: Sequence[str], *,
     Equal texts of a prompt are no tie, and a prompt whose texts are all equal is no group.
     """
     reward, group = np.asarray(reward_N, np.float64), np.asarray(group_N)
+    if not reward.shape == group.shape == (len(texts_N),):
+        raise ValueError(
+            f"reward {reward.shape}, group {group.shape} and {len(texts_N)} texts must be of one length"
+        )
     known = np.isfinite(reward)
     applies = float(known.mean())
     reward, group = reward[known], group[known]
