@@ -6,6 +6,7 @@ No reward model and no label: the verifier is the reward, on the device where on
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from experiments.stages.configs import (
@@ -22,9 +23,11 @@ from experiments.stages.configs import (
     SFTStage,
     SoftQStage,
     Text,
+    policy_optimizer,
     rloo_stage,
+    small_decoder,
 )
-from experiments.stages.reasoning_configs import PassAtK, Questions, small_decoder
+from experiments.stages.reasoning_configs import PassAtK, Questions
 from rlhfjax.config import DPO, GRPO, ILQL, PPO, Decoder, Optimizer, SoftQ
 
 DESCRIPTION = (
@@ -32,15 +35,7 @@ DESCRIPTION = (
 )
 
 
-def _optimizer(muon: float) -> Optimizer:
-    return Optimizer(
-        learning_rate=0.3 * muon,
-        warmup_steps=2,
-        b2=0.95,
-        kind="muon",
-        muon_learning_rate=muon,
-        final_fraction=0.1,
-    )
+_optimizer = partial(policy_optimizer, adam_share=0.3)
 
 
 @dataclass(frozen=True)

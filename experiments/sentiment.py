@@ -7,6 +7,7 @@ lost is measured: the share of texts that are still reviews. A KL penalty keeps 
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from experiments.stages.configs import (
@@ -24,24 +25,17 @@ from experiments.stages.configs import (
     SFTStage,
     SoftQStage,
     Text,
+    policy_optimizer,
     rloo_stage,
+    small_decoder,
 )
-from experiments.stages.reasoning_configs import small_decoder
 from rlhfjax.config import DPO, GRPO, ILQL, PPO, Decoder, Optimizer, SoftQ
 
 DESCRIPTION = "reviews that are to be positive: a lexicon as reward, VADER as gold, the grammar as guard"
 VALID = "experiments.stages.sentiment_texts:valid"
 
 
-def _optimizer(muon: float) -> Optimizer:
-    return Optimizer(
-        learning_rate=0.3 * muon,
-        warmup_steps=2,
-        b2=0.95,
-        kind="muon",
-        muon_learning_rate=muon,
-        final_fraction=0.1,
-    )
+_optimizer = partial(policy_optimizer, adam_share=0.3)
 
 
 def _watched(*, action: str = "warn") -> Guards:

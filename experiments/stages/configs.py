@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhfjax.config import DPO, GRPO, ILQL, PPO, SFT, LoRA, Optimizer, RewardModel, SoftQ
+from rlhfjax.config import DPO, GRPO, ILQL, PPO, SFT, Decoder, LoRA, Optimizer, RewardModel, SoftQ
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ class PPOStage:
     algorithm: PPO = field(
         default_factory=lambda: PPO(kl_coefficient=0.2, epochs=1, minibatches=2, value_coefficient=0.5)
     )
-    optimizer: Optimizer = field(default_factory=lambda: _optimizer())
+    optimizer: Optimizer = field(default_factory=lambda: policy_optimizer())
 
 
-def _optimizer(muon_learning_rate: float = 0.0025) -> Optimizer:
-    """What every method of policy optimisation starts from."""
+def policy_optimizer(muon_learning_rate: float = 0.0025, *, adam_share: float = 0.4) -> Optimizer:
+    """What every method of policy optimisation starts from; Adam's learning rate is a share of Muon's."""
     return Optimizer(
-        learning_rate=0.4 * muon_learning_rate,
+        learning_rate=adam_share * muon_learning_rate,
         warmup_steps=2,
         b2=0.95,
         kind="muon",
@@ -194,7 +194,7 @@ class GRPOStage:
             kl_coefficient=0.2, kl_placement="reward", kl_estimator="k1", aggregation="token", minibatches=2
         )
     )
-    optimizer: Optimizer = field(default_factory=_optimizer)
+    optimizer: Optimizer = field(default_factory=policy_optimizer)
 
 
 def rloo_stage() -> GRPOStage:
@@ -224,7 +224,7 @@ class DPOStage:
     temperature: float = 0.7
     """Temperature of the policy's log-probabilities, that of the samples in the pairs."""
     algorithm: DPO = field(default_factory=lambda: DPO(beta=0.2))
-    optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.001))
+    optimizer: Optimizer = field(default_factory=lambda: policy_optimizer(0.001))
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class OnlineDPOStage:
     """Score of a completion that did not end, in place of its reward; none: its reward stays."""
     guards: Guards = field(default_factory=Guards)
     algorithm: DPO = field(default_factory=lambda: DPO(beta=0.2))
-    optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.001))
+    optimizer: Optimizer = field(default_factory=lambda: policy_optimizer(0.001))
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class RAFTStage:
     """Score of a completion that did not end, in place of its reward; none: its reward stays."""
     guards: Guards = field(default_factory=Guards)
     algorithm: SFT = field(default_factory=SFT)
-    optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.001))
+    optimizer: Optimizer = field(default_factory=lambda: policy_optimizer(0.001))
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ class SoftQStage:
     temperature: float = 0.7
     """Temperature of policy and reference, that of the samples; the KL is between the two at it."""
     algorithm: SoftQ = field(default_factory=lambda: SoftQ(beta=0.1, steps=(0,)))
-    optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.002))
+    optimizer: Optimizer = field(default_factory=lambda: policy_optimizer(0.002))
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ class ILQLStage:
     algorithm: ILQL = field(
         default_factory=lambda: ILQL("sarsa", discount=1.0, lam=0.95, polyak=0.1, policy_coefficient=None)
     )
-    optimizer: Optimizer = field(default_factory=lambda: _optimizer(0.0025))
+    optimizer: Optimizer = field(default_factory=lambda: policy_optimizer(0.0025))
 
 
 @dataclass(frozen=True)
@@ -335,3 +335,8 @@ class EvaluationStage:
     """Temperatures at which policies are sampled, besides that of the rollouts and greedy decoding."""
     best_of: tuple[int, ...] = (4, 16)
     """Best-of-n by the reward: numbers of samples."""
+
+
+def small_decoder() -> Decoder:
+    """What learns in seconds."""
+    return Decoder(width=64, layers=2, heads=4, kv_heads=4, head_size=16, mlp_width=192, max_positions=512)

@@ -15,10 +15,7 @@ def wanted_words(
     text: Text, words: int
 ) -> tuple[Callable[[Any, Branches], jax.Array], Callable[[np.ndarray, list[list[str]]], np.ndarray]]:
     """-|words - wanted| as a reward on the device, and as the gold score of texts on the host, [B, G] each."""
-    tokenizer = text.tokenizer
-    table = word_table(
-        [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], text.lm.config.vocab_size
-    )
+    table = word_table(text.token_bytes(), text.lm.config.vocab_size)
     of_tokens = length_reward(float(words), table)
 
     def reward(params: Any, branches: Branches) -> jax.Array:

@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
-import numpy as np
-
 from experiments.stages import evaluation, finetune, host_reward, methods, preferences, ratings, reward, text
 from experiments.stages.configs import EvaluationStage, PreferenceStage, RatingStage, RewardStage, SFTStage
 from experiments.stages.configs import Text as TextConfig
@@ -15,7 +13,7 @@ from experiments.stages.policy import Problem
 from experiments.stages.preferences import Gold, Judged
 from experiments.stages.ratings import Rated
 from experiments.stages.reward import Learned
-from experiments.stages.task import OnDevice, OnHost, Task
+from experiments.stages.task import OnDevice, OnHost, Task, against_references
 from experiments.stages.text import Examples, Text, Writer
 from rlhfjax.recipes import make_reward_model
 from rlhfjax.rewards import rouge_l
@@ -23,6 +21,8 @@ from rlhfjax.run_folder import RunFolder
 
 # Texts handed to rewards in Python at a time, outside of an iteration: their time-out is for that many.
 TEXTS_AT_ONCE = 64
+
+rouge_of = against_references(rouge_l)  # the gold score of summaries
 
 
 class Sections(NamedTuple):
@@ -168,14 +168,3 @@ def prepare(
 
 def _judge_of(given: OnHost) -> Callable[[Examples], Gold]:
     return lambda examples: host_reward.judge(given.pool, examples, TEXTS_AT_ONCE)
-
-
-def rouge_of(examples: Examples) -> Gold:
-    """The gold scorer of these pairs: ROUGE-L against the real summary."""
-
-    def gold(rows, texts):
-        return np.asarray(
-            [[rouge_l(x, examples.references[r]) for x in xs] for r, xs in zip(rows, texts, strict=True)]
-        )
-
-    return gold

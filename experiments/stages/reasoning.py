@@ -154,10 +154,7 @@ def verified(task: ReasoningTask, examples: Examples) -> Gold:
 
 def answer_on_device(text: Text, examples: Examples) -> DeviceReward:
     """1.0 where the final answer is that of the row's reference, as `reasoning.verify_answer` has it."""
-    tokenizer = text.tokenizer
-    table = byte_table(
-        [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], text.lm.config.vocab_size
-    )
+    table = byte_table(text.token_bytes(), text.lm.config.vocab_size)
     given = references([reasoning.final_answer(x) for x in examples.references])
     score = completion_reward(score_against_references(table, same_answer))
 

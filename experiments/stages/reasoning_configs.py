@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhfjax.config import Decoder
-
 
 @dataclass(frozen=True)
 class Arithmetic:
@@ -103,8 +101,3 @@ class Questions:
     sorting: Sorting = field(default_factory=Sorting)
     spelling: Spelling = field(default_factory=Spelling)
     gym: Gym = field(default_factory=Gym)
-
-
-def small_decoder() -> Decoder:
-    """What learns in seconds."""
-    return Decoder(width=64, layers=2, heads=4, kv_heads=4, head_size=16, mlp_width=192, max_positions=512)

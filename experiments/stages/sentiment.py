@@ -59,10 +59,7 @@ def open_scorer(scorer: str, valid_weight: float) -> RewardPool | None:
 
 def lexicon_and_grammar(text: Text, valid_weight: float) -> DeviceReward:
     """The squashed sum of the words' weights, from -1 to 1, and `valid_weight` more for a text of the grammar."""
-    tokenizer = text.tokenizer
-    table = byte_table(
-        [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], text.lm.config.vocab_size
-    )
+    table = byte_table(text.token_bytes(), text.lm.config.vocab_size)
     words = completion_reward(lexicon_on_device(table, sentiment_texts.lexicon()))
     # The automaton has a thousand states: it is made where it is asked for.
     grammar = regex_on_device(table, rf"\s*(?:{sentiment_texts.pattern()})\s*") if valid_weight else None

@@ -34,7 +34,7 @@ def write_world(
     """
     data, base = folder.path / "rows.jsonl", folder.path / "base"
     write_atomically(data, "".join(json.dumps(row) + "\n" for row in rows))
-    if not config.base and not (base / "model.safetensors").exists():
+    if not config.base and not (base / "tokenizer.json").exists():  # written last
         tokenizer = small_tokenizer([row[x] for row in rows for x in ("prompt", "completion")], words)
         write_base(base, shape, tokenizer.vocab_size, folder.seed)
         tokenizer.save(base / "tokenizer.json")

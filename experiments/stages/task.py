@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from experiments.stages.configs import HostRewards
 from experiments.stages.preferences import Gold
@@ -54,3 +55,17 @@ class Task:
     reward: OnDevice | OnHost | None = None
     # More scores of texts, by name: measured at the end, never learnt from.
     measures: Mapping[str, Callable[[Examples], Gold]] = field(default_factory=dict)
+
+
+def against_references(score: Callable[[str, str], float]) -> Callable[[Examples], Gold]:
+    """A gold score from a score of (completion, reference): each completion against the one of its row in the data."""
+
+    def of(examples: Examples) -> Gold:
+        def gold(rows: np.ndarray, texts: list[list[str]]) -> np.ndarray:
+            return np.asarray(
+                [[score(x, examples.references[r]) for x in xs] for r, xs in zip(rows, texts, strict=True)]
+            )
+
+        return gold
+
+    return of

@@ -153,6 +153,10 @@ class Text:
         token, mask = pad_prompts(ids, self.config.prompt_length, self.tokenizer.pad_id)
         return self.rows(Prompts(jnp.asarray(token), jnp.asarray(mask), jnp.asarray(index, jnp.int32)))
 
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id of the tokenizer stands for: what rewards on the device make their tables of."""
+        return [self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)]
+
     def decode(self, token_BGC: np.ndarray, mask_BGC: np.ndarray) -> list[list[str]]:
         """Texts of completions, [B][G]; the stop token is left out."""
         batch, samples, _ = token_BGC.shape

@@ -1,6 +1,6 @@
 """Translation: chrF and BLEU as gold scores and as rewards, and scores of a whole corpus."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -9,42 +9,23 @@ import jax
 import numpy as np
 
 from experiments.stages.evaluation import Policy
-from experiments.stages.preferences import Gold
-from experiments.stages.task import DeviceReward, OnDevice
+from experiments.stages.task import DeviceReward, OnDevice, against_references
 from experiments.stages.text import Examples, Text
 from rlhfjax import rewards
 from rlhfjax.mesh import whole
 from rlhfjax.recipes import completion_reward
 from rlhfjax.report import Section, Table
 
-
-def chrf_of(examples: Examples) -> Gold:
-    """The gold scorer of these pairs: chrF against the translation in the data, in [0, 1]."""
-    return _gold(examples, rewards.chrf)
-
-
-def bleu_of(examples: Examples) -> Gold:
-    """Sentence BLEU against the translation in the data, in [0, 1]; needs sacrebleu."""
-    return _gold(examples, partial(rewards.bleu, tokenize=rewards.words_13a))
-
-
-def _gold(examples: Examples, score: Callable[[str, str], float]) -> Gold:
-    def gold(rows: np.ndarray, texts: list[list[str]]) -> np.ndarray:
-        return np.asarray(
-            [[score(x, examples.references[r]) for x in xs] for r, xs in zip(rows, texts, strict=True)]
-        )
-
-    return gold
+# Against the translation in the data, in [0, 1]; BLEU of sentences, which needs sacrebleu.
+chrf_of = against_references(rewards.chrf)
+bleu_of = against_references(partial(rewards.bleu, tokenize=rewards.words_13a))
 
 
 def chrf_reward(gain: float) -> OnDevice:
     """`gain` times chrF as a reward on the device, the references looked up by the prompts' numbers."""
 
     def of(text: Text, examples: Examples) -> DeviceReward:
-        tokenizer = text.tokenizer
-        table = rewards.byte_table(
-            [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], text.lm.config.vocab_size
-        )
+        table = rewards.byte_table(text.token_bytes(), text.lm.config.vocab_size)
         score = completion_reward(rewards.chrf_on_device(table))
         params = jax.device_put(rewards.references(examples.references), whole(text.mesh))
         return DeviceReward(params, lambda params, branches, index_B: gain * score(params, branches, index_B))
