@@ -6,7 +6,7 @@ Shapes: B prompts, G completions of each, C completion length.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,21 @@ class Policy:
 _ARRAYS = ("gold", "reward", "kl", "length", "finished")
 
 
+class Scorer(NamedTuple):
+    """What best-of-n goes by, and what the reward of a policy is measured with."""
+
+    reward: Callable[[LanguageModel], Callable[..., jax.Array]] | None = None  # on the device; None: `judge`
+    params: Any = None
+    numbered: bool = False  # whether the reward asks for the numbers of the prompts too
+    judge: Callable[[Examples], Gold] | None = None  # in Python; None without a reward: the gold score itself
+
+
 def evaluate_policies(
     config: Config,
     text: Text,
     reference: dict,
     policies: Mapping[str, Writer],
-    reward: Callable[[LanguageModel], Callable[..., jax.Array]] | None,
-    reward_params: Any,
+    scorer: Scorer,
     gold: Callable[[Examples], Gold],
     folder: RunFolder,
     *,
@@ -59,20 +67,17 @@ def evaluate_policies(
     split: str = "validation",
     points: Mapping[str, Writer] = MappingProxyType({}),
     start: str = "sft",
-    numbered: bool = False,
-    judge: Callable[[Examples], Gold] | None = None,
 ) -> list[Policy]:
-    """Measures the reference, best-of-n by the reward, and every policy of `policies` and `points`.
+    """Measures the reference, best-of-n by the scorer, and every policy of `policies` and `points`.
 
-    A reward of None is `judge`, in Python, and without that the gold score itself. `numbered`: whether the reward asks
-    for the numbers of the prompts too. The reference is called `start`.
+    The reference is called `start`.
 
     Each policy is decoded at `temperature` (that of the rollouts, at which KL and best-of-n are defined), at the
     configured others and greedily, all in one pass per prompt batch; those of `points` at `temperature` only.
     """
     examples = text.load(split)
     rows = np.arange(min(config.prompts, len(examples)))
-    score = _scorer(text, reference, reward, reward_params, examples, config.batch, temperature, numbered)
+    score = _scores(text, reference, scorer, examples, config.batch, temperature)
     others = [other for other in config.temperatures if other != temperature]
     root = jax.random.fold_in(jax.random.key(folder.seed), 5)
     writers = {start: Writer(reference), **policies, **points}
@@ -94,9 +99,9 @@ def evaluate_policies(
                 batch=config.batch,
             )
             scores = score(rows, out, (0, *range(most, len(temperatures))))
-            if reward is None and judge is not None:
+            if scorer.reward is None and scorer.judge is not None:
                 texts = text.decode(out["token_BGC"], out["mask_BGC"])
-                scores = np.asarray(judge(examples)(rows, texts), np.float64), scores[1]
+                scores = np.asarray(scorer.judge(examples)(rows, texts), np.float64), scores[1]
             found += _measure(label, out, temperatures, most, best_of, scores, text, rows, gold(examples))
         metrics = {
             f"{policy.name}/{field}": float(getattr(policy, field).mean())
@@ -108,16 +113,7 @@ def evaluate_policies(
     return _from_arrays(run_once(split, folder=folder, compute=compute))
 
 
-def _scorer(
-    text,
-    reference,
-    reward,
-    reward_params,
-    examples: Examples,
-    batch: int,
-    temperature: float,
-    numbered: bool,
-):
+def _scores(text: Text, reference: dict, scorer: Scorer, examples: Examples, batch: int, temperature: float):
     """(rows, generation, kept) -> reward (None without one) and log-probability under the reference, each [B, G].
 
     The latter only of groups of columns with one of `kept` in them; 0 elsewhere.
@@ -131,7 +127,7 @@ def _scorer(
         return logp
 
     logp_ref = text.jit(of_completions)
-    rewards = None if reward is None else text.jit(reward)
+    rewards = None if scorer.reward is None else text.jit(scorer.reward)
 
     def score(rows, out, kept: Sequence[int]):
         samples = out["token_BGC"].shape[1]
@@ -147,8 +143,9 @@ def _scorer(
                 cell = np.ix_(index, columns)
                 shape = len(index), len(columns)
                 if rewards is not None:
-                    index_B = (prompts.index_B,) if numbered else ()
-                    total[0][cell] = fetch(rewards(reward_params, branches, *index_B))[: shape[0], : shape[1]]
+                    index_B = (prompts.index_B,) if scorer.numbered else ()
+                    found = fetch(rewards(scorer.params, branches, *index_B))
+                    total[0][cell] = found[: shape[0], : shape[1]]
                 if not set(kept).isdisjoint(columns):
                     total[1][cell] = fetch(logp_ref(reference, branches))[: shape[0], : shape[1]]
         return None if rewards is None else total[0], total[1]

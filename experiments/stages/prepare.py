@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 from experiments.stages import evaluation, finetune, host_reward, methods, preferences, ratings, reward, text
 from experiments.stages.configs import EvaluationStage, PreferenceStage, RatingStage, RewardStage, SFTStage
 from experiments.stages.configs import Text as TextConfig
-from experiments.stages.evaluation import Policy
+from experiments.stages.evaluation import Policy, Scorer
 from experiments.stages.policy import Problem
 from experiments.stages.preferences import Gold, Judged
 from experiments.stages.ratings import Rated
@@ -82,28 +82,26 @@ class Prepared:
         self, split: str, policies: Mapping[str, Writer], points: Mapping[str, Writer], temperature: float
     ) -> list[Policy]:
         """Measures the start, best-of-n and the policies on a split; see `evaluate_policies`."""
-        problem, given, judge = self.problem, self.task.reward, None
-        score, params, numbered = problem.reward, problem.reward_params, problem.numbered
+        problem, given = self.problem, self.task.reward
         if isinstance(given, OnDevice):
             params, of_split = given.of(problem.text, self.heldout[split])
-            score = lambda lm: of_split  # noqa: E731
+            scorer = Scorer(lambda lm: of_split, params, numbered=True)
         elif isinstance(given, OnHost):
-            judge = _judge_of(given)
+            scorer = Scorer(judge=_judge_of(given))
+        else:
+            scorer = Scorer(problem.reward, problem.reward_params)
         return evaluation.evaluate_policies(
             self.sections.evaluation,
             problem.text,
             problem.reference,
             policies,
-            score,
-            params,
+            scorer,
             self.task.gold_of,
             self.folder,
             temperature=temperature,
             split=split,
             points=points,
             start=self.start,
-            numbered=numbered,
-            judge=judge,
         )
 
     def _judged(self) -> Judged:
