@@ -5,6 +5,7 @@ is exercised on any machine), and an error wherever two arrays of unequal rank w
 """
 
 import os
+import zlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["RLHFJAX_CACHE_DIR"] = ""  # experiments keep their compiled programs where the other tests do
@@ -17,13 +18,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--every", type=int, default=1, metavar="N", help="run every N-th test only")
+    parser.addoption(
+        "--share", metavar="K/N", help="run only the K-th of N shares of the tests, or several: 2,3/3"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    every = config.option.every
-    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % every])
-    items[:] = items[::every]
+    """Keeps the shares asked for. A test is in the same share whatever else is installed and collected."""
+    if config.option.share is None:
+        return
+    asked, _, of = config.option.share.partition("/")
+    if not of.isdigit() or not all(k.isdigit() and 1 <= int(k) <= int(of) for k in asked.split(",")):
+        raise pytest.UsageError(
+            f"--share {config.option.share}: give K/N with 1 <= K <= N, such as 1/3 or 2,3/3"
+        )
+    shares = {int(k) - 1 for k in asked.split(",")}
+    kept = [item for item in items if zlib.crc32(item.nodeid.encode()) % int(of) in shares]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def pytest_configure(config: pytest.Config) -> None:
