@@ -38,6 +38,7 @@ MAY_IMPORT = {
     **dict.fromkeys(RUN - {"config"}, RUN),
     "guards": set(),  # bounds on metrics: numbers in, decisions out
     "overoptimisation": set(),  # fits of a few numbers
+    "agreement": {"report"},  # kappa and rankings: numbers in, intervals out
     "processes": set(),  # how several are one run: below everything that waits for others
     "checkpoint": {"config", "processes"},
     "mesh": {"config"},

@@ -23,6 +23,7 @@ from rlhfjax.data.conversations import (
     read_prompts,
 )
 from rlhfjax.data.datasets import Pair, batch_indices, load_pairs, read_jsonl
+from rlhfjax.data.labels import Comparison, Label, LabelBook, comparisons, item_id, read_labels
 from rlhfjax.data.packing import Encoded, Packed, encode_pairs, pack, pad_completions, pad_prompts
 from rlhfjax.data.preferences import (
     PreferencePair,
@@ -44,12 +45,15 @@ __all__ = [
     "ByteTokenizer",
     "ChatPair",
     "ChatTemplate",
+    "Comparison",
     "Conversation",
     "Encoded",
     "EncodedChat",
     "EncodedChatPairs",
     "EncodedConversations",
     "EncodedPrompts",
+    "Label",
+    "LabelBook",
     "Message",
     "Packed",
     "Pair",
@@ -59,12 +63,14 @@ __all__ = [
     "Tokenizer",
     "accuracy_ceiling",
     "batch_indices",
+    "comparisons",
     "draw_preferences",
     "encode_chat_pairs",
     "encode_conversations",
     "encode_pairs",
     "encode_prompts",
     "end_of_turn",
+    "item_id",
     "load_chat_template",
     "load_pairs",
     "load_tokenizer",
@@ -75,6 +81,7 @@ __all__ = [
     "read_chat_pairs",
     "read_conversations",
     "read_jsonl",
+    "read_labels",
     "read_preferences",
     "read_prompts",
     "same_pairs",

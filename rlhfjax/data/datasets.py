@@ -36,16 +36,33 @@ def read_jsonl(path: str | Path, required: Sequence[str] = ()) -> list[dict[str,
     return [row for _, row in numbered_rows(path, required)]
 
 
-def numbered_rows(path: str | Path, required: Sequence[str] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """As `read_jsonl`, each row behind the place it came from, "file:line", for messages about it."""
+def numbered_rows(
+    path: str | Path, required: Sequence[str] = (), *, torn: bool = False
+) -> list[tuple[str, dict[str, Any]]]:
+    """As `read_jsonl`, each row behind the place it came from, "file:line", for messages about it.
+
+    torn: whether the last line may be half written, as by a killed process, and then is passed over.
+    """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no data file at {file}")
-    lines = ((f"{file}:{number}", line) for number, line in enumerate(_read_bytes(file).split(b"\n"), 1))
+    content = _read_bytes(file)
+    if torn:
+        content = content[: whole_length(content)]
+    lines = ((f"{file}:{number}", line) for number, line in enumerate(content.split(b"\n"), 1))
     rows = [(where, _parse_row(line, required, where=where)) for where, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{file} has no rows; write one JSON object a line")
     return rows
+
+
+def whole_length(content: bytes) -> int:
+    """How many bytes of JSON lines are whole: all, or those before a last line that was cut short."""
+    last = content.rfind(b"\n") + 1
+    try:
+        return len(content) if isinstance(json.loads(content[last:]), dict) else last
+    except ValueError:
+        return last
 
 
 def load_pairs(
