@@ -125,7 +125,8 @@ class Stages:
     play: Play = field(default_factory=Play)
     clone: CloneStage = field(
         default_factory=lambda: CloneStage(
-            steps=1000, optimizer=Optimizer(learning_rate=2e-3, warmup_steps=50)
+            steps=1000,
+            optimizer=Optimizer(kind="muon", learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=50),
         )
     )
     best: CloneStage = field(default_factory=lambda: CloneStage(steps=100))
@@ -136,5 +137,10 @@ class Stages:
     ilql: ValueStage = field(default_factory=lambda: sarsa_values(betas=(1.0,), steps=400))
     monte_carlo: ValueStage = field(default_factory=lambda: value_stage("returns", betas=(1.0,), steps=500))
     soft_q: SoftStage = field(
-        default_factory=lambda: SoftStage(steps=400, batch=32, algorithm=SoftQ(beta=0.25, polyak=0.02))
+        # Whole games: with a reward at the end, one-step targets would carry it back by a token an update at best.
+        default_factory=lambda: SoftStage(
+            steps=400,
+            algorithm=SoftQ(beta=1.0, steps=(0,)),
+            optimizer=Optimizer(learning_rate=5e-4, warmup_steps=20),
+        )
     )
