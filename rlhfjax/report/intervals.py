@@ -1,17 +1,10 @@
-"""What a run says to its reader: intervals, calibration, Markdown tables and `report.md`. NumPy only.
-
-The figures that go with it are drawn by `rlhfjax.figures`.
-"""
+"""Numbers and how sure they are: bootstrap and Wilson intervals, calibration, accuracy by margin. NumPy only."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from rlhfjax.run_folder import write_atomically
 
 
 class Interval(NamedTuple):
@@ -45,22 +38,6 @@ class MarginBin(NamedTuple):
     high: float
     count: int
     accuracy: Interval  # share in which the model prefers the same one, with its Wilson interval
-
-
-class Table(NamedTuple):
-    """Rows of cells, each of the header's length. A cell holds any value; text is escaped when written."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-
-class Section(NamedTuple):
-    """A part of the report: a title, Markdown text as it stands, a table, and figures as (path, caption)."""
-
-    title: str
-    text: str = ""
-    table: Table | None = None
-    figures: Sequence[tuple[str | os.PathLike[str], str]] = ()
 
 
 def bootstrap_interval(
@@ -263,65 +240,6 @@ def accuracy_by_margin(difference: Any, margin: Any, *, bins: int = 5) -> list[M
     return found
 
 
-def markdown_table(table: Table) -> str:
-    """The table in Markdown. Text from a model or a data set cannot break out of its cell or add formatting.
-
-    Raises:
-      ValueError: a row whose length is not the header's.
-    """
-    lines = [_row(table.header), "|" + "|".join(" --- " for _ in table.header) + "|"]
-    for number, row in enumerate(table.rows):
-        if len(row) != len(table.header):
-            raise ValueError(f"row {number} has {len(row)} cells, the header {len(table.header)}")
-        lines.append(_row(row))
-    return "\n".join(lines) + "\n"
-
-
-def markdown_text(text: str, *, longest: int = 0) -> str:
-    """`text` on one line of Markdown that shows it as it is: Markdown and HTML in it are escaped.
-
-    Line breaks become `<br>`; other control characters become visible escapes such as `\\x1b`.
-
-    Args:
-      text: any text.
-      longest: if positive, text beyond so many characters is cut and the cut marked with an ellipsis.
-    """
-    if longest and len(text) > longest:
-        text = text[: longest - 1] + "…"
-    return "".join(_escape(character) for character in text.replace("\r\n", "\n"))
-
-
-def write_report(folder: str | os.PathLike[str], title: str, sections: Sequence[Section]) -> Path:
-    """Writes `folder/report.md` and returns its path. Figures are linked relative to the folder.
-
-    A figure's path may be absolute, begin with `folder` as it is given here, or start from it.
-
-    Raises:
-      FileNotFoundError: a figure is not there.
-    """
-    folder = Path(folder)
-    parts = [f"# {markdown_text(title)}\n"]
-    for section in sections:
-        parts.append(f"## {markdown_text(section.title)}\n")
-        if section.text:
-            parts.append(section.text.strip() + "\n")
-        if section.table is not None:
-            parts.append(markdown_table(section.table))
-        for path, caption in section.figures:
-            figure = Path(path)
-            if not figure.is_relative_to(folder):
-                figure = folder / path  # an absolute path stays as it is
-            if not figure.is_file():
-                raise FileNotFoundError(
-                    f"section {section.title!r} shows the figure {figure}, which is not there"
-                )
-            link = Path(os.path.relpath(figure, folder)).as_posix()
-            parts.append(f"![{markdown_text(caption)}](<{link}>)\n\n*{markdown_text(caption)}*\n")
-    path = folder / "report.md"
-    write_atomically(path, "\n".join(parts))
-    return path
-
-
 def _finite_vector(values: Any, name: str) -> np.ndarray:
     """`values` as float64 [N], N > 0, or a ValueError that says what is wrong with it."""
     vector = np.asarray(values, np.float64)
@@ -340,31 +258,3 @@ def _decimals(width: float) -> int:
     if not 0.0 < width < math.inf:
         return 3
     return max(0, 1 - math.floor(math.log10(width)))
-
-
-def _row(cells: Sequence[Any]) -> str:
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool | np.bool_):
-        return "yes" if value else "no"
-    if isinstance(value, float | np.floating):
-        return "" if math.isnan(value) else f"{value:.4g}"
-    if isinstance(value, Interval):
-        return str(value)
-    return markdown_text(str(value))
-
-
-def _escape(character: str) -> str:
-    if character == "\n":
-        return "<br>"
-    if character in "<>&":
-        return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[character]
-    if character in "\\`*_[]|~$#!":
-        return "\\" + character
-    if not character.isprintable():
-        return "\\" + character.encode("unicode_escape").decode()
-    return character
