@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -24,7 +25,7 @@ from experiments.annotation.items import Item
 from experiments.annotation.server import MOST_BYTES, make_server
 from experiments.annotation.session import Session
 from experiments.annotation.store import open_store
-from rlhfjax.data import read_labels
+from rlhfjax.data import Label, read_labels
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,7 +34,8 @@ def some_items(count: int) -> list[Item]:
     return [Item(f"item {i}", f"prompt {i}", (f"a {i}", f"b {i}"), ("sft", "ppo")) for i in range(count)]
 
 
-class Reply(NamedTuple):
+@dataclass(frozen=True)
+class Reply:
     status: int
     headers: http.client.HTTPMessage
     content: bytes
@@ -68,6 +70,11 @@ class Client(NamedTuple):
         task = state["task"]
         body = {"annotator": state["annotator"], "key": task["key"], "label": task["label"]}
         return self.ask("label", body | {"choice": choice, "seconds": 1.5} | changes)
+
+
+def chosen(label: Label) -> str:
+    assert isinstance(label.choice, int)
+    return label.completions[label.choice]
 
 
 @contextlib.contextmanager
@@ -141,9 +148,7 @@ def test_a_label_is_on_the_disk_before_the_next_pair_and_names_the_completion(pa
         after = client.answer(state, 1).json
         assert synced[-1] == path.stat().st_size
     (label,) = read_labels(path)
-    assert (
-        label.completions[label.choice] == shown[1] and [label.completions[i] for i in label.shown] == shown
-    )
+    assert [label.completions[i] for i in label.shown] == shown and chosen(label) == shown[1]
     assert (label.annotator, label.seconds, label.systems) == ("ada", 1.5, ("sft", "ppo"))
     assert after["done"] == 1 and after["total"] == 4 and after["task"]["key"] != state["task"]["key"]
     assert not {"sft", "ppo", "systems", "repeat", "gold", "item"} & set(
@@ -160,7 +165,7 @@ def test_the_same_post_again_and_a_second_window_count_once(path):
         assert "was kept" in client.answer(one, 1).json["notice"]
         assert "was kept" in client.answer(other, 1).json["notice"]
     (label,) = read_labels(path)
-    assert label.completions[label.choice] == one["task"]["completions"][0]
+    assert chosen(label) == one["task"]["completions"][0]
 
 
 def test_what_was_taken_back_comes_again_and_stays_taken_back(path):

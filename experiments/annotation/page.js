@@ -59,8 +59,8 @@ function show(found) {
   byId("who").textContent = "as " + found.annotator;
   byId("bar").max = Math.max(1, found.total);
   byId("bar").value = found.done;
-  byId("undo-line").hidden = found.last === null;
-  byId("task").hidden = found.task === null;
+  byId("undo").hidden = found.last === null;
+  for (const id of ["task", "tie", "skip"]) byId(id).hidden = found.task === null;
   byId("end").hidden = found.task !== null;
   if (found.task === null) {
     byId("progress").textContent = found.done + " of " + found.total + " answered";

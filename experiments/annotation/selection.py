@@ -45,8 +45,12 @@ def _softmax(score_MG: np.ndarray) -> np.ndarray:
 
 
 def _models_of(folder: Path) -> list[Path]:
-    seeds = sorted(x.parent.parent for x in folder.glob("seed-*/checkpoints/reward_model"))
-    return seeds if seeds and not (folder / "checkpoints" / "reward_model").is_dir() else [folder]
+    """The folder, or the runs in it of several seeds; with the further members of an ensemble that it trained."""
+    seeds, members = (
+        sorted(x.parent.parent for x in folder.glob(f"{name}-*/checkpoints/reward_model"))
+        for name in ("seed", "member")
+    )
+    return seeds if seeds and not (folder / "checkpoints" / "reward_model").is_dir() else [folder, *members]
 
 
 def _scores(items: Sequence[Item], folder: Path) -> list[float]:

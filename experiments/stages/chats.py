@@ -49,13 +49,13 @@ def load_chats(
     path = asset(config.data)
     first = read_jsonl(path)[0]
     if "messages" not in first and "completion" not in first:
-        prompts = [_with_system(config, prompt) for prompt in read_prompts(path, split=split)]
+        prompts = [with_system(config, prompt) for prompt in read_prompts(path, split=split)]
         found = encode_prompts(template, tokenizer, prompts, prompt_length=config.prompt_length, drop=True)
         texts = [_last(prompts[i], "user") for i in found.row]
         return Examples(texts, [""] * len(texts), found.ids, found.dropped)
     conversations = [
         c._replace(
-            messages=_with_system(config, c.messages),
+            messages=with_system(config, c.messages),
             given=c.given + (c.given > 0 and _lacks_system(config, c.messages)),
         )
         for c in read_conversations(path, split=split)
@@ -90,7 +90,8 @@ def _lacks_system(config: Config, messages: Sequence[Message]) -> bool:
     return config.system is not None and messages[0]["role"] != "system"
 
 
-def _with_system(config: Config, messages: Sequence[Message]) -> Sequence[Message]:
+def with_system(config: Config, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages, behind the configured system message where they have none."""
     if not _lacks_system(config, messages):
         return messages
     return [{"role": "system", "content": config.system}, *messages]

@@ -1,6 +1,7 @@
 """Settings of the stages. No jax here, so that `--help` answers at once."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from rlhfjax.config import DPO, GRPO, ILQL, PPO, SFT, Decoder, LoRA, Optimizer, RewardModel, SoftQ
@@ -80,6 +81,9 @@ class PreferenceStage:
     """Temperature of the samples, that of the rollouts to come (0.7: arXiv 1909.08593, 2403.17031)."""
     label_temperature: float = 0.05
     """Noise of the labels, in units of gold score: P(first wins) = sigmoid(gold difference / this)."""
+    labels: Path | None = None
+    """JSONL of labels that people gave (`annotate.py`, or rows of prompt, chosen and rejected), in place of samples and
+    simulated labels: all that fit the lengths, of which a fifth of the prompts, at most `heldout`, is held out."""
 
 
 @dataclass(frozen=True)

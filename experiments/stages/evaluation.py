@@ -108,7 +108,8 @@ def evaluate_policies(
             for field in _ARRAYS
             for policy in found
         }
-        return _to_arrays(found), metrics, _sample_rows(found, examples)
+        arrays = _to_arrays(found) | {"prompt": np.asarray(examples.prompts[: len(rows)])}  # for annotate.py
+        return arrays, metrics, _sample_rows(found, examples)
 
     return _from_arrays(run_once(split, folder=folder, compute=compute))
 

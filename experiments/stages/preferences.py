@@ -34,6 +34,7 @@ class Judged:
     gold_BG: np.ndarray
     preferences: Preferences
     heldout: int
+    examples: Examples | None = None  # what `row_B` numbers; None: the training data
 
     @property
     def trained(self) -> int:
@@ -133,6 +134,7 @@ def collect_preferences(
         arrays = {"token": out["token_BGC"], "mask": out["mask_BGC"], "gold": gold_BG}
         arrays |= {"label": preferences.label_BK, "counts": preferences.mask_BK}
         arrays |= {"probability": preferences.probability_BK}
+        arrays |= {"prompt": np.asarray([examples.prompts[i] for i in rows]), "texts": np.asarray(texts)}
         metrics = {
             "gold/mean": float(gold_BG.mean()),
             "pairs": int(preferences.mask_BK.sum()),
@@ -159,6 +161,6 @@ def collect_preferences(
 
 def branches_of(text: Text, examples: Examples, judged: Judged, index: np.ndarray) -> Branches:
     """Prompts and completions at `index` of the judged ones."""
-    prompts = text.batch(examples, judged.row_B[index])
+    prompts = text.batch(judged.examples or examples, judged.row_B[index])
     completions = jnp.asarray(judged.token_BGC[index]), jnp.asarray(judged.mask_BGC[index])
     return Branches(*prompts[:2], *text.rows(completions))

@@ -5,7 +5,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
-from experiments.stages import evaluation, finetune, host_reward, methods, preferences, ratings, reward, text
+from experiments.stages import (
+    evaluation,
+    finetune,
+    host_reward,
+    labelled,
+    methods,
+    preferences,
+    ratings,
+    reward,
+    text,
+)
 from experiments.stages.configs import EvaluationStage, PreferenceStage, RatingStage, RewardStage, SFTStage
 from experiments.stages.configs import Text as TextConfig
 from experiments.stages.evaluation import Policy, Scorer
@@ -129,15 +139,25 @@ def prepare(
     finetuned = config.sft.steps > 0
     sft_rows, rl_rows = text.divide(train, config.text.sft_share, folder.seed, finetuned=finetuned)
     sampled = given is None or any(map(methods.learns_from_samples, chosen.values()))
-    judged_prompts = config.preferences.prompts - config.preferences.heldout
-    if sampled:
-        preferences.check(config.preferences, len(rl_rows))
+    judged, given_rows = None, len(rl_rows)  # rows left to rate
+    if config.preferences.labels is not None:
+        if not sampled:
+            raise ValueError(
+                "preferences.labels is given, and neither a reward model nor a method learns from it"
+            )
+        judged = labelled.collect_labels(config.preferences, loaded, folder)
+        judged_prompts = judged.trained
+    else:
+        judged_prompts = config.preferences.prompts - config.preferences.heldout
+        given_rows -= config.preferences.heldout
+        if sampled:
+            preferences.check(config.preferences, len(rl_rows))
     if given is None:
         reward.check(config.reward, judged_prompts)
     for stage in chosen.values():
         methods.check(stage, len(rl_rows), judged_prompts, config.ratings.prompts)
         if methods.learns_from_ratings(stage):
-            ratings.check(config.ratings, len(rl_rows) - config.preferences.heldout)
+            ratings.check(config.ratings, given_rows)
     splits = ("validation", "test") if config.evaluation.test else ("validation",)
     heldout = {
         split: loaded.load(split) for split in splits
@@ -151,8 +171,12 @@ def prepare(
         problem = replace(problem, reward=lambda lm: of_train, reward_params=params, numbered=True)
     elif isinstance(given, OnHost):
         problem = replace(problem, gold=_judge_of(given)(train))  # the reward on the host
-    judged, learned = None, None
-    if sampled:
+    learned = None
+    if judged is not None:
+        seen = [config.reward.steps * config.reward.prompts] if given is None else []
+        for note in labelled.notes(judged, seen, heldout):
+            print(note, flush=True)
+    elif sampled:
         score = None if given is None else partial(ratings.rewards_of, problem)
         of_samples = config.preferences, loaded, reference, train, rl_rows, gold, folder
         judged = preferences.collect_preferences(*of_samples, score=score)

@@ -45,14 +45,19 @@ def rate(
     config: Config, sampled: PreferenceStage, problem: Problem, judged: Judged, folder: RunFolder
 ) -> Rated:
     """Rates the samples that the reward model learnt from, and samples of further prompts where more are asked for."""
-    rows, others = judged.row_B[: judged.trained], problem.rows[len(judged.row_B) :]
+    if judged.examples is None:
+        rows, others = judged.row_B[: judged.trained], problem.rows[len(judged.row_B) :]
+    else:  # people judged other texts
+        rows, others = problem.rows[:0], problem.rows
     check(config, len(rows) + len(others))
     known = min(config.prompts, len(rows))
     others = others[: config.prompts - known]
     rows = np.concatenate([rows[:known], others])
 
     def compute():
-        parts = [{"token_BGC": judged.token_BGC[:known], "mask_BGC": judged.mask_BGC[:known]}]
+        parts = (
+            [{"token_BGC": judged.token_BGC[:known], "mask_BGC": judged.mask_BGC[:known]}] if known else []
+        )
         if len(others):
             key = jax.random.fold_in(jax.random.key(folder.seed), 6)
             temperatures = np.full(sampled.samples, sampled.sampling_temperature)

@@ -214,17 +214,27 @@ def reward_model_section(learned: Learned, measured: dict[str, float], folder: R
         note=f"accuracy {accuracy:.3f} of at most {ceiling:.3f}, calibration error {calibration_error(bins):.3f}",
         event="the first of the pair wins",
     )
-    text = (
-        f"On {len(learned.outcome)} held-out pairs the reward model agrees with {accuracy:.1%} of the labels; the best "
-        f"guesser could agree with {ceiling:.1%}, since the labels are drawn with noise. Its correlation with the gold "
-        f"score is {measured['heldout/correlation']:.2f}, and within the samples of one prompt "
-        f"{measured['heldout/correlation_within_prompt']:.2f}. The temperature that calibrates it best on these pairs "
-        f"is {measured['heldout/temperature']:.2f} (above 1: it is too sure). The table has its accuracy about which "
-        "of two completions the gold scorer prefers, from pairs nearly equal to pairs far apart."
+    sure = (
+        f"The temperature that calibrates it best on these pairs is {measured['heldout/temperature']:.2f} (above 1: it "
+        "is too sure)."
     )
-    bins_by_margin = (
-        accuracy_by_margin(learned.probability - 0.5, learned.margin) if learned.margin.any() else []
+    agrees = (
+        f"On {len(learned.outcome)} held-out pairs the reward model agrees with {accuracy:.1%} of the labels"
     )
+    if learned.people:
+        text = (
+            f"{agrees}, which people gave; nothing that gives a pair one answer agrees with more than {ceiling:.1%} of "
+            f"them, since people differ. {sure}"
+        )
+    else:
+        text = (
+            f"{agrees}; the best guesser could agree with {ceiling:.1%}, since the labels are drawn with noise. Its "
+            f"correlation with the gold score is {measured['heldout/correlation']:.2f}, and within the samples of one "
+            f"prompt {measured['heldout/correlation_within_prompt']:.2f}. {sure} The table has its accuracy about "
+            "which of two completions the gold scorer prefers, from pairs nearly equal to pairs far apart."
+        )
+    by_gold = not learned.people and learned.margin.any()
+    bins_by_margin = accuracy_by_margin(learned.probability - 0.5, learned.margin) if by_gold else []
     rows = [[f"{b.low:.3f} to {b.high:.3f}", b.count, b.accuracy] for b in bins_by_margin]
     curves = _loss_curves(folder)
     table = Table(["difference in gold score", "pairs", "accuracy"], rows) if rows else None

@@ -32,6 +32,7 @@ class Learned:
     probability: np.ndarray  # predicted chance that the first of a pair wins, held-out pairs that count
     outcome: np.ndarray  # bool, whether it did
     margin: np.ndarray  # gold score of the first less that of the second
+    people: bool = False  # whether people judged the pairs; there is no gold score then
 
 
 def check(config: Config, available: int) -> None:
@@ -100,18 +101,23 @@ def _measure(text, evaluate, params, examples, judged, folder) -> Learned:
         gain, bias = reward_model.normalisation(jnp.asarray(reference))
         heldout = slice(judged.trained, None)
         pairs, gold = judged.preferences, judged.gold_BG[heldout]
-        counts = pairs.mask_BK[heldout]
+        counts = pairs.mask_BK[heldout] & (pairs.label_BK[heldout] != 0.5)  # a tie is no answer to agree with
         margin = (heldout_score[:, pairs.first_K] - heldout_score[:, pairs.second_K])[counts]
         outcome = pairs.label_BK[heldout][counts] == 1.0
         kept = pairs._replace(mask_BK=counts, probability_BK=pairs.probability_BK[heldout])
         metrics = {
             "heldout/accuracy": float(np.mean((margin > 0) == outcome)),
             "heldout/accuracy_ceiling": accuracy_ceiling(kept),
-            "heldout/correlation": _correlation(heldout_score, gold, axis=None),
-            "heldout/correlation_within_prompt": _correlation(heldout_score, gold, axis=1),
-            "heldout/best_of_samples_gold": float(gold[np.arange(len(gold)), heldout_score.argmax(1)].mean()),
-            "heldout/mean_gold": float(gold.mean()),
         }
+        if judged.examples is None:
+            metrics |= {
+                "heldout/correlation": _correlation(heldout_score, gold, axis=None),
+                "heldout/correlation_within_prompt": _correlation(heldout_score, gold, axis=1),
+                "heldout/best_of_samples_gold": float(
+                    gold[np.arange(len(gold)), heldout_score.argmax(1)].mean()
+                ),
+                "heldout/mean_gold": float(gold.mean()),
+            }
         metrics["heldout/temperature"] = float(fit_temperature(margin, outcome.astype(np.float32)))
         arrays = {"probability": 1.0 / (1.0 + np.exp(-margin.astype(np.float64))), "outcome": outcome}
         arrays["margin"] = (gold[:, pairs.first_K] - gold[:, pairs.second_K])[counts]
@@ -119,7 +125,8 @@ def _measure(text, evaluate, params, examples, judged, folder) -> Learned:
 
     stored = run_once("reward_model_heldout", folder=folder, compute=compute)
     params = params | {"gain": jnp.asarray(stored["gain"]), "bias": jnp.asarray(stored["bias"])}
-    return Learned(params, stored["probability"], stored["outcome"], stored["margin"])
+    people = judged.examples is not None
+    return Learned(params, stored["probability"], stored["outcome"], stored["margin"], people)
 
 
 def _correlation(score_BG: np.ndarray, gold_BG: np.ndarray, *, axis: int | None) -> float:

@@ -109,10 +109,10 @@ def programs_of_text(
     found = []
     if sft is not None and sft.steps:
         found.append(_finetuning(sft, text))
-    if preferences is not None:
+    if preferences is not None and preferences.labels is None:
         found.append(_sampling("preferences", text, preferences.samples, BATCH, preferences.prompts))
     if reward is not None:
-        samples = preferences.samples if preferences is not None else 2
+        samples = _judged_samples(preferences, 2)
         found.append(_reward_model(reward, text, samples))
     for name, stage in policies.items():
         found += _policy(name, stage, text, reward, preferences, ratings, on_host)
@@ -334,14 +334,22 @@ def _policy(
     ratings: RatingStage | None,
     on_host: bool,
 ) -> list[Program]:
-    samples = 4 if preferences is None else preferences.samples
     if isinstance(config, DPOStage):
-        return [_dpo(name, config, text, samples)]
+        return [_dpo(name, config, text, _judged_samples(preferences, 4))]
     if isinstance(config, offline.Config):
-        more = max(0, (ratings.prompts if ratings else 0) - (preferences.prompts if preferences else 0))
+        samples = 4 if preferences is None else preferences.samples
+        sampled = preferences.prompts if preferences and preferences.labels is None else 0
+        more = max(0, (ratings.prompts if ratings else 0) - sampled)
         sampled = [_sampling("rated_samples", text, samples, BATCH, more)] if more else []
         return [*sampled, _offline(name, config, text, samples)]
     return _policy_optimisation(name, config, text, rewarding, on_host, config.prompts)
+
+
+def _judged_samples(preferences: PreferenceStage | None, without: int) -> int:
+    """Completions of a prompt that pairs are made of; people compare two."""
+    if preferences is None:
+        return without
+    return preferences.samples if preferences.labels is None else 2
 
 
 def _sampling(stage: str, text: Text, samples: int, batch: int, prompts: int) -> Program:
