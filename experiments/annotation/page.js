@@ -42,9 +42,10 @@ function article(text, i) {
   put(body, text);
   const button = document.createElement("button");
   button.type = "button";
+  button.setAttribute("aria-keyshortcuts", String(i + 1));
   const key = document.createElement("kbd");
   key.textContent = String(i + 1);
-  button.append(key, "Completion " + (i + 1) + " is better");
+  button.append(key, " Completion " + (i + 1) + " is better");
   button.addEventListener("click", () => answer(i));
   box.append(title, body, button);
   return box;
