@@ -6,6 +6,7 @@ They are skipped without selenium (the extra `browser`) or without Chromium and 
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,10 +80,11 @@ def serving(path: Path, **settings: Any) -> Iterator[str]:
         server.server_close()
 
 
-def until(browser: Any, reached: Callable[[], Any]) -> Any:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    return WebDriverWait(browser, 15, 0.02).until(lambda _: reached())
+def until(browser: Any, reached: Callable[[], Any]) -> None:
+    end = time.monotonic() + 15
+    while not reached():
+        assert time.monotonic() < end, browser.find_element("tag name", "body").text[:2000]
+        time.sleep(0.02)
 
 
 def press(browser: Any, keys: str) -> None:

@@ -120,6 +120,8 @@ def test_only_the_page_itself_is_served(path):
         assert client.ask("label", b"[" * 9000).status == 400
         assert client.ask("label", {}, Transfer_Encoding="chunked").status == 411
         assert client.ask("label", {}).status == 400
+        with pytest.raises(OSError, match=f"port {port} cannot be had"):
+            make_server(session_at(path), port or 0)
     assert read_labels(path) == []
 
 

@@ -40,7 +40,8 @@ def check(config: Config, available: int) -> None:
     check_divisible(config.prompts, config.algorithm.microbatches)
     if config.prompts > available:
         raise ValueError(
-            f"the reward model asks for {config.prompts} prompts a step; preferences leave {available} to train on"
+            f"the reward model asks for {config.prompts} prompts a step; preferences leave {available} to train on: "
+            "ask for fewer, or have more"
         )
     make_optimizer(config.optimizer, config.steps)
 
