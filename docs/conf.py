@@ -1,0 +1,169 @@
+"""The documentation site: `pip install -e ".[docs]" && sphinx-build -W --keep-going -b html docs site`.
+
+The pages are those of this folder, as they are read on GitHub. Links that leave it become links to the repository, or
+to a page of the site where the file is one. The API reference is made from the docstrings. Formulas become MathML, which
+browsers draw by themselves: no script and no network, neither to build nor to read.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import latex2mathml.converter
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+sys.path[:0] = [str(DOCS), str(ROOT)]
+
+import api_pages  # noqa: E402
+import rlhfjax  # noqa: E402
+
+REPOSITORY = "https://github.com/rlhfjax/rlhfjax"
+GENERATED = DOCS / "generated"
+ARRAY_LIKE = (
+    r"~[\w.]*Array \| ~numpy.ndarray \| ~numpy.bool \| ~numpy.number \| bool \| int \| float \| complex"
+)
+# Files of the repository that are pages of the site too.
+INCLUDED = {
+    "CONTRIBUTING.md": "contributing",
+    "CHANGELOG.md": "changelog",
+    "experiments/benchmarks/README.md": "benchmarks_readme",
+}
+
+project, author, copyright = "rlhfjax", "The rlhfjax authors", "The rlhfjax authors"
+version = release = rlhfjax.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode"]
+exclude_patterns = ["figures"]
+html_theme, html_title = "furo", f"rlhfjax {version}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+html_show_sourcelink = False
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+nb_execution_mode = "off"  # tests run the code of the pages
+if importlib.util.find_spec("jupytext"):
+    nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+
+highlight_language = "text"
+default_role = "code"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+python_maximum_signature_line_length = 88
+# Lines of the contents that may have no page.
+OPTIONAL = ("annotate", "metrics", "reliability", "reports", "results", "generated/notebooks/*")
+
+
+def to_site(text: str, page: Path) -> str:
+    """The links of `page`, a file of the repository that holds `text`, as they must be for the site."""
+
+    def link(found: re.Match[str]) -> str:
+        target, _, anchor = found[1].partition("#")
+        path = (page.parent / target).resolve()
+        if "://" in target or not target or not path.is_relative_to(ROOT):
+            return found[0]
+        anchor, name = f"#{anchor}" if anchor else "", path.relative_to(ROOT).as_posix()
+        if name in INCLUDED:
+            return f"](/generated/{INCLUDED[name]}.md{anchor})"
+        if path.is_relative_to(DOCS):
+            return f"](/{path.relative_to(DOCS).as_posix()}{anchor})"
+        return f"]({REPOSITORY}/{'tree' if path.is_dir() else 'blob'}/main/{name}{anchor})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", link, text)
+
+
+def read_page(app, docname, source):
+    if not docname.startswith("generated/"):
+        source[0] = to_site(source[0], DOCS / f"{docname}.md")
+    if docname == "index":
+        absent = {name for name in OPTIONAL if not [*DOCS.glob(f"{name}.*"), *DOCS.glob(name)]}
+        source[0] = "\n".join(line for line in source[0].splitlines() if line not in absent)
+
+
+def generate(app, config):
+    """Writes the pages that are made, and takes away those that are no more."""
+    made = {f"api/{name}.rst": text for name, text in api_pages.pages().items()}
+    for name, page in INCLUDED.items():
+        made[f"{page}.md"] = to_site((ROOT / name).read_text(), ROOT / name)
+    for path in sorted((ROOT / "notebooks").glob("*")):
+        if path.suffix in (".ipynb", ".md", ".py"):
+            made[f"notebooks/{path.name}"] = to_site(path.read_text(), path)
+    for path in GENERATED.rglob("*.*"):
+        if path.relative_to(GENERATED).as_posix() not in made:
+            path.unlink()
+    for name, text in made.items():
+        path = GENERATED / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+def read_docstring(app, what, name, obj, options, lines):
+    lines[:] = api_pages.as_rst(lines)
+    if what == "class" and hasattr(obj, "_fields"):
+        lines += api_pages.fields(obj)
+
+
+def read_signature(app, what, name, obj, options, signature, returned):
+    """What ArrayLike stands for is spelt out by Python, and not helpful at every argument."""
+    return signature and re.sub(ARRAY_LIKE, "ArrayLike", signature), returned
+
+
+def linkcode_resolve(domain, info):
+    """Where the source of a documented object lies in the repository."""
+    value = importlib.import_module(info["module"])
+    for part in info["fullname"].split("."):
+        value = getattr(value, part, None)
+    value = inspect.unwrap(value) if callable(value) else value
+    if not (inspect.isfunction(value) or inspect.isclass(value)):
+        return None
+    try:
+        path, (_, line) = Path(inspect.getsourcefile(value) or ""), inspect.getsourcelines(value)
+    except (OSError, TypeError):
+        return None
+    if not path.is_relative_to(ROOT / "rlhfjax"):
+        return None
+    return f"{REPOSITORY}/blob/main/{path.relative_to(ROOT)}#L{line}"
+
+
+def check_names(app, error):
+    """Every public name must be on a page."""
+    if error is None and app.builder.name == "html":
+        documented = {name for name, *_ in app.env.get_domain("py").get_objects()}
+        for module in api_pages.public_modules():
+            for name in api_pages.public_names(module):
+                if f"{module}.{name}" not in documented:
+                    raise ValueError(f"{module}.{name} is public, and on no page of the API reference")
+
+
+def visit_inline(self, node):
+    self.body.append(latex2mathml.converter.convert(node.astext()))
+    _skip()
+
+
+def visit_block(self, node):
+    self.body.append(
+        f'<div class="math">{latex2mathml.converter.convert(node.astext(), display="block")}</div>'
+    )
+    _skip()
+
+
+def _skip():
+    from docutils.nodes import SkipNode
+
+    raise SkipNode
+
+
+def setup(app):
+    app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
+    app.connect("config-inited", generate)
+    app.connect("source-read", read_page)
+    app.connect("autodoc-process-docstring", read_docstring, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", read_signature)
+    app.connect("build-finished", check_names)
