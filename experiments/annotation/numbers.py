@@ -12,8 +12,9 @@ import numpy as np
 
 from rlhfjax.agreement import bradley_terry, cohen_kappa, fleiss_kappa
 from rlhfjax.data import Label, comparisons
-from rlhfjax.report import Interval, Table, markdown_table, wilson_interval
+from rlhfjax.report import Interval, Table, bootstrap_interval, wilson_interval
 
+RESAMPLES = 2000
 PRIOR = 0.5  # wins each way that the ranking adds between systems that met: the first wins do not make one infinite
 
 
@@ -49,8 +50,10 @@ def _agreement(labels: Iterable[Label]) -> tuple[Interval | None, str, Interval 
     shared = [given for given in answers.values() if len(given) > 1]
     if not shared:
         return None, "kappa", None, 0
-    pairs = [(a, b) for given in shared for a, b in combinations(given.values(), 2)]
-    agreement = wilson_interval(sum(a == b for a, b in pairs), len(pairs))
+    same_N = [np.mean([a == b for a, b in combinations(given.values(), 2)]) for given in shared]
+    agreement = bootstrap_interval(
+        same_N, 0, resamples=RESAMPLES
+    )  # pairs of answers to one item are not independent
     names = sorted({name for given in shared for name in given})
     if len(names) == 2:
         first, second = ([given[name] for given in shared] for name in names)
@@ -101,7 +104,7 @@ def _of_annotator(name: str, labels: Sequence[Label]) -> dict[str, Any]:
         "repeats": len(again),
         "right": _share(sum(x.choice == x.gold for x in gold), len(gold)),
         "gold": len(gold),
-        "left": _share(sum(x.choice == x.shown[0] for x in chosen), len(chosen)),
+        "first": _share(sum(x.choice == x.shown[0] for x in chosen), len(chosen)),
         "seconds": float(np.median([x.seconds for x in labels])),
     }
 
@@ -126,9 +129,9 @@ def tables_of(numbers: Numbers) -> list[tuple[str, Table]]:
             one["labels"],
             one["ties"],
             one["skipped"],
-            f"{_percent(one['consistent'])} of {one['repeats']}",
-            f"{_percent(one['right'])} of {one['gold']}",
-            _percent(one["left"]),
+            _percent(one["consistent"], f" of {one['repeats']}"),
+            _percent(one["right"], f" of {one['gold']}"),
+            _percent(one["first"]),
             f"{one['seconds']:.1f}",
         ]
         for one in numbers.annotators
@@ -137,24 +140,42 @@ def tables_of(numbers: Numbers) -> list[tuple[str, Table]]:
     return [
         ("Agreement", Table(["", "all annotators"], overall)),
         ("Systems", Table(["system", "strength", "beats the average", "comparisons"], ranked)),
-        ("Annotators", Table([*columns, "chose the left", "seconds (median)"], each)),
+        ("Annotators", Table([*columns, "chose the first shown", "seconds (median)"], each)),
     ]
 
 
 def text_of(numbers: Numbers) -> str:
     """The tables for a terminal."""
-    return "\n\n".join(f"{title}\n\n{markdown_table(table)}" for title, table in tables_of(numbers))
+    return "\n\n".join(f"{title}\n\n{_aligned(table)}" for title, table in tables_of(numbers))
+
+
+def _aligned(table: Table) -> str:
+    """In columns; what could steer a terminal is shown as an escape."""
+    rows = [[_visible(str(cell)) for cell in row] for row in (table.header, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line}".rstrip() for line in lines)
+
+
+def _visible(text: str) -> str:
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
 def _against_average(strength: float) -> float:
     return 1 / (1 + np.exp(-strength))
 
 
-def _percent(share: Interval | None) -> str:
-    return "-" if share is None else f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
+def _percent(share: Interval | None, of: str = "") -> str:
+    if share is None:
+        return "-"
+    if np.isnan(share.low):
+        return f"{share.value:.0%} (one item)"
+    return f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]{of}"
 
 
 def _number(value: Interval) -> str:
     if np.isnan(value.value):
         return "not defined: only one answer is used"
+    if np.isnan(value.low):
+        return f"{value.value:.2f} (one item)"
     return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
