@@ -31,10 +31,12 @@ class Config:
     seeds: int = 3
     """Runs of each, from --seed on."""
     summarize: Summarize = field(default_factory=compare.results)
-    translate: Translate = field(default_factory=Translate)
+    translate: Translate = field(default_factory=translate.results)
     dialogue: Dialogue = field(default_factory=Dialogue)
     sentiment: Sentiment = field(default_factory=Sentiment)
-    reasoning: Reasoning = field(default_factory=Reasoning)
+    reasoning: Reasoning = field(
+        default_factory=lambda: Reasoning(methods=("dpo", "ppo", "grpo", "soft_q", "ilql"))
+    )
     control_preferences: ControlPreferences = field(default_factory=ControlPreferences)
 
 

@@ -8,7 +8,7 @@ evaluation with --evaluation.test sees the test split.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from experiments.stages.configs import (
     DPOStage,
@@ -25,11 +25,25 @@ from experiments.stages.configs import (
     SFTStage,
     SoftQStage,
     Text,
+    policy_optimizer,
     rloo_stage,
 )
 
 BLEU = "experiments.stages.translation:bleu_reward"
+Stage = TypeVar("Stage", PPOStage, GRPOStage)
 DESCRIPTION = "machine translation from English: methods side by side on chrF, BLEU or a learned reward"
+
+
+def _of_translations(stage: Stage, muon_learning_rate: float) -> Stage:
+    """Larger groups and smaller steps than on summaries: with steps three times as large chrF stays where it was, four
+    nats away."""
+    return replace(
+        stage,
+        steps=30,
+        samples=8,
+        missing_eos_penalty=0.0,
+        optimizer=policy_optimizer(muon_learning_rate),
+    )
 
 
 @dataclass(frozen=True)
@@ -69,9 +83,9 @@ class Config:
     preferences: PreferenceStage = field(default_factory=lambda: PreferenceStage(prompts=1536, heldout=256))
     """label_temperature: in units of chrF, whatever the reward."""
     reward: RewardStage = field(default_factory=RewardStage)
-    ppo: PPOStage = field(default_factory=lambda: replace(PPOStage(), missing_eos_penalty=0.0))
-    grpo: GRPOStage = field(default_factory=lambda: replace(GRPOStage(), missing_eos_penalty=0.0))
-    rloo: GRPOStage = field(default_factory=lambda: replace(rloo_stage(), missing_eos_penalty=0.0))
+    ppo: PPOStage = field(default_factory=lambda: _of_translations(PPOStage(), 8e-4))
+    grpo: GRPOStage = field(default_factory=lambda: _of_translations(GRPOStage(), 6e-4))
+    rloo: GRPOStage = field(default_factory=lambda: _of_translations(rloo_stage(), 6e-4))
     dpo: DPOStage = field(default_factory=DPOStage)
     online_dpo: OnlineDPOStage = field(
         default_factory=lambda: replace(OnlineDPOStage(), missing_eos_penalty=0.0)
@@ -82,6 +96,15 @@ class Config:
     ilql: ILQLStage = field(default_factory=lambda: ILQLStage(curve=()))
     evaluation: EvaluationStage = field(
         default_factory=lambda: EvaluationStage(temperatures=(), best_of=(4,))
+    )
+
+
+def results() -> Config:
+    """Less of what is not the methods on samples, for the table of all tasks."""
+    return Config(
+        dpo=DPOStage(steps=40),
+        ilql=ILQLStage(steps=48, curve=()),
+        evaluation=EvaluationStage(prompts=256, temperatures=(), best_of=(4,)),
     )
 
 
