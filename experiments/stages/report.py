@@ -222,10 +222,8 @@ def reward_model_section(learned: Learned, measured: dict[str, float], folder: R
         f"On {len(learned.outcome)} held-out pairs the reward model agrees with {accuracy:.1%} of the labels"
     )
     if learned.people:
-        text = (
-            f"{agrees}, which people gave; nothing that gives a pair one answer agrees with more than {ceiling:.1%} of "
-            f"them, since people differ. {sure}"
-        )
+        differ = f"; nothing that gives a pair one answer agrees with more than {ceiling:.1%} of them"
+        text = f"{agrees}, which people gave{differ if ceiling < 1 else ''}. {sure}"
     else:
         text = (
             f"{agrees}; the best guesser could agree with {ceiling:.1%}, since the labels are drawn with noise. Its "
