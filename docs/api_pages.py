@@ -83,7 +83,7 @@ def page(name: str) -> str:
 
 
 def by_file(name: str) -> dict[str, list[str]]:
-    """The public names of a module but for modules, by the file (or public module) that defines them, as in the source."""
+    """The public names of a module, modules apart, by the file or public module that defines them, in its order."""
     module, found = importlib.import_module(name), {}
     for x in public_names(name):
         value = getattr(module, x)

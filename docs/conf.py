@@ -1,8 +1,8 @@
 """The documentation site: `pip install -e ".[docs]" && sphinx-build -W --keep-going -b html docs site`.
 
 The pages are those of this folder, as they are read on GitHub. Links that leave it become links to the repository, or
-to a page of the site where the file is one. The API reference is made from the docstrings. Formulas become MathML, which
-browsers draw by themselves: no script and no network, neither to build nor to read.
+to a page of the site where the file is one. The API reference is made from the docstrings. Formulas are drawn by a
+MathJax that lies in the site: it is built, and read, without a network.
 """
 
 import importlib
@@ -12,13 +12,12 @@ import re
 import sys
 from pathlib import Path
 
-import latex2mathml.converter
-
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(DOCS), str(ROOT)]
 
 import api_pages  # noqa: E402
+
 import rlhfjax  # noqa: E402
 
 REPOSITORY = "https://github.com/rlhfjax/rlhfjax"
@@ -38,9 +37,12 @@ version = release = rlhfjax.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.linkcode"]
 exclude_patterns = ["figures"]
 html_theme, html_title = "furo", f"rlhfjax {version}"
-html_static_path = ["static"]
+# Of MathJax the one file that needs no other: TeX in, SVG out.
+MATHJAX = importlib.util.find_spec("sphinx-mathjax-offline")
+assert MATHJAX is not None and MATHJAX.origin is not None, "pip install -e '.[docs]'"
+html_static_path = ["static", str(Path(MATHJAX.origin).parent / "static" / "mathjax" / "tex-svg.js")]
 html_css_files = ["site.css"]
-html_math_renderer = "mathml"
+mathjax_path = "tex-svg.js"
 html_show_sourcelink = False
 
 myst_enable_extensions = ["dollarmath"]
@@ -142,26 +144,7 @@ def check_names(app, error):
                     raise ValueError(f"{module}.{name} is public, and on no page of the API reference")
 
 
-def visit_inline(self, node):
-    self.body.append(latex2mathml.converter.convert(node.astext()))
-    _skip()
-
-
-def visit_block(self, node):
-    self.body.append(
-        f'<div class="math">{latex2mathml.converter.convert(node.astext(), display="block")}</div>'
-    )
-    _skip()
-
-
-def _skip():
-    from docutils.nodes import SkipNode
-
-    raise SkipNode
-
-
 def setup(app):
-    app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     app.connect("config-inited", generate)
     app.connect("source-read", read_page)
     app.connect("autodoc-process-docstring", read_docstring, priority=100)  # before napoleon

@@ -17,6 +17,9 @@ def epsilon_greedy_probabilities(q: jax.Array, epsilon: ArrayLike) -> jax.Array:
 
     Returns:
       float [..., A], sums to 1. It has no gradient: it is constant but for jumps.
+
+    >>> [round(p, 2) for p in epsilon_greedy_probabilities(jnp.array([0.0, 1.0]), 0.1).tolist()]
+    [0.05, 0.95]
     """
     epsilon = jnp.asarray(epsilon, q.dtype)
     if epsilon.ndim and epsilon.shape != q.shape[:-1]:

@@ -39,6 +39,9 @@ def group_mean_baseline(reward: ArrayLike, mask: ArrayLike | None = None) -> Arr
 
     Returns:
       float32 [..., G]; 0 where masked out.
+
+    >>> group_mean_baseline([0.0, 1.0, 2.0, 99.0], [True, True, True, False]).tolist()
+    [1.0, 1.0, 1.0, 0.0]
     """
     reward_G, mask_G, anchor_G = _anchored(reward, mask)
     count = jnp.maximum(jnp.sum(mask_G, axis=-1, keepdims=True, dtype=reward_G.dtype), 1)
@@ -60,6 +63,9 @@ def leave_one_out_baseline(reward: ArrayLike, mask: ArrayLike | None = None) -> 
 
     Returns:
       float32 [..., G]; 0 where masked out.
+
+    >>> leave_one_out_baseline([0.0, 1.0, 2.0]).tolist()
+    [1.5, 1.0, 0.5]
     """
     reward_G, mask_G, anchor_G = _anchored(reward, mask)
     deviation_G = reward_G - anchor_G
@@ -179,6 +185,10 @@ def soft_overlong_penalty(length: ArrayLike, *, limit: ArrayLike, cache: ArrayLi
 
     Returns:
       float32, shape of length, in [-1, 0].
+
+    >>> import jax.numpy as jnp
+    >>> soft_overlong_penalty(jnp.array([10, 18, 30]), limit=20, cache=4).tolist()
+    [0.0, -0.5, -1.0]
     """
     length = as_index("length", length, jnp.shape(length)).astype(jnp.float32)
     cache = as_number("cache", cache)

@@ -24,6 +24,9 @@ def best_of_n(score: ArrayLike, mask: ArrayLike | None = None) -> Array:
       score: float [..., N], scores of the answers to one prompt.
       mask: bool [..., N], True where the answer may be chosen; others may hold anything. None: all may. Where
         none may, 0.
+
+    >>> int(best_of_n([0.1, 0.7, 0.4]))
+    1
     """
     score = as_float("score", score)
     require_rank("score", score, 1, "[..., N]")
@@ -109,6 +112,9 @@ def best_of_n_mean(
       gold: float [..., N], what is measured, in its own unit.
       score: float [..., N], what is chosen by. None: by gold itself, E[max gold of n].
       n, mask: as in `best_of_n_weights`, and so are the errors.
+
+    >>> round(float(best_of_n_mean([0.0, 1.0, 2.0], n=2)), 3)  # the pairs' maxima are 1, 2 and 2
+    1.667
     """
     gold = as_float("gold", gold)
     mask = as_mask("mask", mask, gold.shape)

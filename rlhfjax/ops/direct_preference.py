@@ -87,6 +87,9 @@ def dpo_loss(
 
     Returns:
       float32, shape of log_ratio_chosen.
+
+    >>> round(float(dpo_loss(0.0, 0.0, beta=0.1)), 3), round(float(dpo_loss(10.0, -10.0, beta=0.1)), 3)
+    (0.693, 0.127)
     """
     chosen, rejected, beta, label = _pair(log_ratio_chosen, log_ratio_rejected, beta, label)
     margin = as_number("margin", margin, chosen.shape)

@@ -62,6 +62,9 @@ def k3(logp: ArrayLike, logp_ref: ArrayLike) -> Array:
 
     The exponent is clamped to [-20, 20], so that one impossible sample gives a large number and not infinity;
     beyond the clamp only the linear term has a gradient.
+
+    >>> float(k3(-1.0, -1.0)), float(k1(-1.0, -3.0)), float(k2(-1.0, -3.0))
+    (0.0, 2.0, 2.0)
     """
     log_ratio = -k1(logp, logp_ref)
     return jnp.expm1(jnp.clip(log_ratio, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)) - log_ratio

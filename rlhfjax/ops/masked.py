@@ -22,7 +22,11 @@ def masked_sum(x: ArrayLike, mask: ArrayLike, axis: Axis = None) -> Array:
 
 
 def masked_mean(x: ArrayLike, mask: ArrayLike, axis: Axis = None) -> Array:
-    """Mean of `x` where `mask` is True, over `axis` (default: all axes); 0 where nothing counts."""
+    """Mean of `x` where `mask` is True, over `axis` (default: all axes); 0 where nothing counts.
+
+    >>> float(masked_mean([1.0, 3.0, 99.0], [True, True, False]))
+    2.0
+    """
     x, mask = _masked(x, mask)
     return jnp.squeeze(_mean(x, mask, axis), axis)
 
@@ -59,6 +63,9 @@ def whiten(
 
     Returns:
       float32, shape of x; 0 where masked out.
+
+    >>> whiten([1.0, 3.0, 7.0], [True, True, False]).tolist()
+    [-1.0, 1.0, 0.0]
     """
     x = as_float("x", x)
     x, mask = _masked(x, as_mask("mask", mask, x.shape))

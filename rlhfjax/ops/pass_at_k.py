@@ -29,6 +29,9 @@ def pass_at_k(correct: ArrayLike, *, k: ArrayLike, mask: ArrayLike | None = None
 
     Raises:
       ValueError: k below 1 or above N, where k is a Python number. TypeError: `correct` is not bool (or 0/1).
+
+    >>> float(pass_at_k([True, False, False, False], k=2))  # three of the six pairs hold the right one
+    0.5
     """
     correct, mask = _samples(correct, mask)
     k = _number_of("k", k, correct.shape[-1])

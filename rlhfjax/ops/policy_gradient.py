@@ -45,6 +45,10 @@ def clipped_surrogate(
     Returns:
       loss: float32, shape of logp.
       clipped: bool, True where the bound is active, i.e. where logp gets no gradient.
+
+    >>> loss, clipped = clipped_surrogate(jnp.log(2.0), 0.0, 1.0, clip_low=0.2, clip_high=0.2)
+    >>> round(float(loss), 3), bool(clipped)  # the ratio of 2 counts as 1.2
+    (-1.2, True)
     """
     logp = as_float("logp", logp)
     advantage = as_float("advantage", advantage, logp.shape)

@@ -34,6 +34,9 @@ def bradley_terry_loss(
 
     Returns:
       float32, shape of score_chosen.
+
+    >>> round(float(bradley_terry_loss(1.0, 1.0)), 3)  # log 2: a tie
+    0.693
     """
     score_chosen = as_float("score_chosen", score_chosen)
     difference = score_chosen - as_float("score_rejected", score_rejected, score_chosen.shape)

@@ -48,6 +48,10 @@ def gae(
 
     Returns:
       advantage, returns: float32 [..., T]; 0 where masked out.
+
+    >>> advantage, returns = gae([0.0, 1.0], [0.5, 0.5], discount=1.0, lam=1.0)  # the rewards to come, less the value
+    >>> advantage.tolist(), returns.tolist()
+    ([0.5, 0.5], [1.0, 1.0])
     """
     reward = as_float("reward", reward)
     require_rank("reward", reward, 1, "[..., T]")
@@ -86,6 +90,9 @@ def discounted_returns(
 
     Returns:
       float32 [..., T]; 0 where masked out.
+
+    >>> discounted_returns([0.0, 0.0, 1.0], discount=0.5).tolist()
+    [0.25, 0.5, 1.0]
     """
     reward = as_float("reward", reward)
     require_rank("reward", reward, 1, "[..., T]")
@@ -113,6 +120,9 @@ def end_of_sequence_reward(
 
     Returns:
       float32 [..., T].
+
+    >>> end_of_sequence_reward(2.0, [True, True, False], finished=True).tolist()
+    [0.0, 2.0, 0.0]
     """
     mask = jnp.asarray(mask)
     require_rank("mask", mask, 1, "[..., T]")

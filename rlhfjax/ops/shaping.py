@@ -35,6 +35,9 @@ def potential_shaping(
 
     Returns:
       float32 [..., T]; 0 where masked out.
+
+    >>> potential_shaping([1.0, 3.0], discount=1.0).tolist()  # sums to -1, less the first potential
+    [2.0, -3.0]
     """
     potential = as_float("potential", potential)
     mask = as_mask("mask", mask, potential.shape)

@@ -329,6 +329,11 @@ def turn_episodes(
 
     The reward of a turn is that of its last token. Raises ValueError, with the episode's number, where one has no
     token of the agent, begins with one, is longer than `length`, or has a reward where the agent said nothing.
+
+    >>> game = [Turn([0, 5], False), Turn([7], True, 1.0)]  # the world says 0 5, the agent 7, and is rewarded
+    >>> episodes = turn_episodes([game], length=4)
+    >>> episodes.mask.tolist(), episodes.reward.tolist()
+    ([[False, True, False]], [[0.0, 1.0, 0.0]])
     """
     shape = (len(episodes), length)
     token_BN, reward_BN = np.zeros(shape, np.int32), np.zeros(shape, np.float32)

@@ -98,6 +98,9 @@ def exact_match_reward(*, case: bool = True) -> Callable[..., list[float]]:
     """A host reward: 1.0 where a completion has the words of the `reference` of its row and no others, else 0.0.
 
     White space is where `str.split` cuts, and how much there is does not count. case: whether it counts; see `fold`.
+
+    >>> exact_match_reward(case=False)([""], ["A  tool"], reference=["a tool"])
+    [1.0]
     """
     as_words: Tokenize = str.split if case else lambda text: fold(text).split()
 

@@ -183,6 +183,11 @@ def weighted_sum_on_host(functions: Mapping[str, HostReward], weights: Mapping[s
     """A host reward: the weighted sum of those that apply, None where none does; bad answers are told by name.
 
     Errors as of `score_on_host`.
+
+    >>> from rlhfjax.rewards import near_length_reward, regex_reward
+    >>> both = {"digits": regex_reward("[0-9]+"), "length": near_length_reward(1)}
+    >>> weighted_sum_on_host(both, {"digits": 1.0, "length": 0.5})(["", ""], ["42", "4 2"])
+    [1.0, -0.5]
     """
     _check_names(functions, weights)
 

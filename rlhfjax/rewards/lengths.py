@@ -38,7 +38,11 @@ def count_words(text: str) -> int:
 def near_length_reward(
     wanted: float, count: Callable[[str], int] = count_words
 ) -> Callable[..., list[float]]:
-    """A host reward: -|count - wanted|, at most 0."""
+    """A host reward: -|count - wanted|, at most 0.
+
+    >>> near_length_reward(3)([""], ["one two three four five"])
+    [-2]
+    """
     _check(wanted)
     return _on_host(count, lambda n: -abs(n - wanted))
 

@@ -36,7 +36,11 @@ class RegexAutomaton(NamedTuple):
 
 
 def regex_reward(pattern: str, how: How = "fullmatch") -> Callable[..., list[float]]:
-    """A host reward: 1.0 where `re.fullmatch` (or `re.search`) finds the pattern in a completion, else 0.0."""
+    """A host reward: 1.0 where `re.fullmatch` (or `re.search`) finds the pattern in a completion, else 0.0.
+
+    >>> regex_reward("[0-9]+")(["", ""], ["42", "forty-two"])
+    [1.0, 0.0]
+    """
     match = _matcher(_compiled(pattern), how)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:

@@ -44,6 +44,9 @@ def rouge_l(prediction: str, reference: str) -> float:
     """F1 of the longest common subsequence of words, 2PR / (P + R) in [0, 1]; 0 if either text has no word.
 
     P = LCS / words of the prediction, R = LCS / words of the reference (Lin 2004, section 3, with beta = 1).
+
+    >>> round(rouge_l("a tool for mail", "tool to sort mail"), 2)  # "tool mail": 2 of 4 words of each
+    0.5
     """
     a, b = _words(prediction), _words(reference)
     return _f1(longest_common_subsequence(a, b), len(a), len(b))

@@ -61,7 +61,11 @@ def verifier_reward(
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text; None: it has none."""
+    """The last number of a text; None: it has none.
+
+    >>> last_number("12 and 30 are 42."), last_number("none")
+    (42.0, None)
+    """
     numbers = [found[0] for found in _NUMBER.finditer(text)]
     return float(numbers[-1].replace(",", "")) if numbers else None
 
