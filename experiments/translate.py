@@ -100,11 +100,11 @@ class Config:
 
 
 def results() -> Config:
-    """Less of what is not the methods on samples, for the table of all tasks."""
+    """Less of what is not the methods on samples, for the table of all tasks; the last word is the test split's."""
     return Config(
         dpo=DPOStage(steps=40),
         ilql=ILQLStage(steps=48, curve=()),
-        evaluation=EvaluationStage(prompts=256, temperatures=(), best_of=(4,)),
+        evaluation=EvaluationStage(test=True, prompts=256, temperatures=(), best_of=(4,)),
     )
 
 
