@@ -1,8 +1,10 @@
 """What annotators are shown and in what order, the file that keeps their labels, and what the labels say."""
 
+import fcntl
 import json
 import os
 import re
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,18 @@ def test_what_another_process_appends_is_seen_and_its_seed_shared(tmp_path):
     os.truncate(path, 10)
     with pytest.raises(ValueError, match="has become shorter"):
         one.refresh()
+
+
+def test_a_server_waits_for_another_that_writes(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    store, done = open_store(path), threading.Event()
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: (store.append(lambda book: None), done.set()))
+        thread.start()
+        assert not done.wait(0.2)
+    assert done.wait(10)
+    thread.join()
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

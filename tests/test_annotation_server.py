@@ -96,6 +96,8 @@ def path(tmp_path: Path) -> Path:
 
 
 def session_at(path: Path, count: int = 4, **settings: Any) -> Session:
+    if not path.exists():
+        path.write_text('{"seed": "0"}\n')  # of which the orders are drawn
     return Session(some_items(count), [], open_store(path), **{"repeats": 0.0, **settings})
 
 
@@ -145,16 +147,22 @@ def test_a_label_is_on_the_disk_before_the_next_pair_and_names_the_completion(pa
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     with serving(session_at(path)) as client:
-        state = client.task()
-        shown = state["task"]["completions"]
-        after = client.answer(state, 1).json
-        assert synced[-1] == path.stat().st_size
-    (label,) = read_labels(path)
-    assert [label.completions[i] for i in label.shown] == shown and chosen(label) == shown[1]
+        state, shown = client.task(), []
+        after = state
+        for _ in range(4):
+            assert len(synced) == len(shown)
+            shown.append(after["task"]["completions"])
+            after = client.answer(after, 1).json
+            assert synced[-1] == path.stat().st_size
+    labels = read_labels(path)
+    assert [[x.completions[i] for i in x.shown] for x in labels] == shown
+    assert [chosen(x) for x in labels] == [texts[1] for texts in shown]
+    assert {x.shown for x in labels} == {(0, 1), (1, 0)}
+    label = labels[0]
     assert (label.annotator, label.seconds, label.systems) == ("ada", 1.5, ("sft", "ppo"))
-    assert after["done"] == 1 and after["total"] == 4 and after["task"]["key"] != state["task"]["key"]
+    assert (state["done"], after["done"], after["total"], after["task"]) == (0, 4, 4, None)
     assert not {"sft", "ppo", "systems", "repeat", "gold", "item"} & set(
-        re.findall(r"\w+", json.dumps(after))
+        re.findall(r"\w+", json.dumps(state))
     )
 
 
