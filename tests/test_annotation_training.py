@@ -194,10 +194,11 @@ def test_disagreement_is_the_spread_of_the_probability_that_the_first_is_preferr
 @pytest.mark.slow
 def test_texts_of_a_run_are_labelled_and_train_the_next_one(tmp_path, capsys):
     settings = write_world(tmp_path)
+    settings |= {"algorithm": "dpo", "dpo": {"steps": 2, "prompts": 4, "optimizer": {"warmup_steps": 1}}}
     first = tmp_path / "first"
     assert start("summarize", settings, first) == 0
     compared = items_of_run(first, "validation", [], 2)
-    assert {x.systems for x in compared} == {("sft, temperature 0.7", "ppo, temperature 0.7")}
+    assert {x.systems for x in compared} == {("sft, temperature 0.7", "dpo, temperature 0.7")}
     lines = [json.loads(x) for x in (first / "samples.jsonl").read_text().splitlines()]
     of_prompt = {x["prompt"]: x for x in lines if x["stage"] == "validation"}
     for item in compared:

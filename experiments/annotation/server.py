@@ -13,6 +13,7 @@ import functools
 import hmac
 import json
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +70,11 @@ def make_server(session: Session, port: int, token: str | None = None) -> tuple[
 class _Server(ThreadingHTTPServer):
     daemon_threads = True  # an idle connection must not keep a stopped server alive
     block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints what went wrong, unless it is a window that was closed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
