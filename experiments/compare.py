@@ -2,7 +2,18 @@
 
 For every seed: fine-tuning, preferences and reward model once, then each method from that same start. What the table
 and the figure say of a method is the mean over seeds, with a bootstrap interval over prompts and the range over seeds.
+
+As a script, `python experiments/compare.py RUN RUN...`, it compares runs that there are: `experiments.viewing`.
 """
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    from experiments.viewing.command import main
+
+    sys.exit(main())
 
 from dataclasses import dataclass, field
 from typing import Literal

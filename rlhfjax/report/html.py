@@ -99,7 +99,7 @@ def table_html(table: Table, caption: str) -> str:
     head = "".join(f'<th scope="col">{escape(cell_text(cell))}</th>' for cell in table.header)
     rows = []
     for first, *rest in table.rows:
-        cells = "".join(f"<td>{escape(cell_text(cell))}</td>" for cell in rest)
+        cells = "".join(_cell(cell_text(cell)) for cell in rest)
         rows.append(f'<tr><th scope="row">{escape(cell_text(first))}</th>{cells}</tr>')
     body = "\n".join(rows)
     return (
@@ -157,6 +157,11 @@ def escape(text: str) -> str:
     """Text as HTML that shows it as it is, in an element or in an attribute between double quotes."""
     lines = text.replace("\r\n", "\n").split("\n")
     return "<br>".join(html.escape("".join(map(visible, line))) for line in lines)
+
+
+def _cell(text: str) -> str:
+    number = len(text) < 28 and text.lstrip("+-").startswith(tuple("0123456789."))
+    return f"<td{' class=number' if number else ''}>{escape(text)}</td>"  # of a number no line is broken
 
 
 def _figure_html(file: Path, caption: str) -> str:

@@ -337,12 +337,13 @@ function samplesView(figure, data) {
   }
 
   left.offer(data.sources.map((source, i) => [String(i), source.label]));
-  // To begin with: the two sources that share the most prompts, the last such pair.
+  // To begin with: the two sources that share the most prompts, decoded alike if their names tell; the last such pair.
   let best = [0, 0, 0];
+  const ending = (i) => data.sources[i].label.split(", ").pop();
   data.sources.forEach((_, j) => {
     for (let i = 0; i < j; i++) {
-      const count = common(i, j).length;
-      if (count >= best[2]) best = [i, j, count];
+      const worth = common(i, j).length * 2 + (ending(i) === ending(j) ? 1 : 0);
+      if (worth >= best[2]) best = [i, j, worth];
     }
   });
   left.select.value = String(best[0]);
