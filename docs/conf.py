@@ -1,4 +1,4 @@
-"""The documentation site: `pip install -e ".[docs]" && sphinx-build -W --keep-going -b html docs site`.
+"""The documentation site: `pip install -e ".[docs]" && sphinx-build -W --keep-going -b html docs build/docs`.
 
 The pages are those of this folder, as they are read on GitHub. Links that leave it become links to the repository, or
 to a page of the site where the file is one. The API reference is made from the docstrings. Formulas are drawn by a
@@ -12,25 +12,17 @@ import re
 import sys
 from pathlib import Path
 
-DOCS = Path(__file__).resolve().parent
-ROOT = DOCS.parent
-sys.path[:0] = [str(DOCS), str(ROOT)]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import api_pages  # noqa: E402
+from links import DOCS, INCLUDED, REPOSITORY, ROOT, to_site  # noqa: E402
 
 import rlhfjax  # noqa: E402
 
-REPOSITORY = "https://github.com/rlhfjax/rlhfjax"
 GENERATED = DOCS / "generated"
 ARRAY_LIKE = (
     r"~[\w.]*Array \| ~numpy.ndarray \| ~numpy.bool \| ~numpy.number \| bool \| int \| float \| complex"
 )
-# Files of the repository that are pages of the site too.
-INCLUDED = {
-    "CONTRIBUTING.md": "contributing",
-    "CHANGELOG.md": "changelog",
-    "experiments/benchmarks/README.md": "benchmarks_readme",
-}
 
 project, author, copyright = "rlhfjax", "The rlhfjax authors", "The rlhfjax authors"
 version = release = rlhfjax.__version__
@@ -60,24 +52,6 @@ napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
 # Lines of the contents that may have no page.
 OPTIONAL = ("annotate", "metrics", "reliability", "reports", "results", "generated/notebooks/*")
-
-
-def to_site(text: str, page: Path) -> str:
-    """The links of `page`, a file of the repository that holds `text`, as they must be for the site."""
-
-    def link(found: re.Match[str]) -> str:
-        target, _, anchor = found[1].partition("#")
-        path = (page.parent / target).resolve()
-        if "://" in target or not target or not path.is_relative_to(ROOT):
-            return found[0]
-        anchor, name = f"#{anchor}" if anchor else "", path.relative_to(ROOT).as_posix()
-        if name in INCLUDED:
-            return f"](/generated/{INCLUDED[name]}.md{anchor})"
-        if path.is_relative_to(DOCS):
-            return f"](/{path.relative_to(DOCS).as_posix()}{anchor})"
-        return f"]({REPOSITORY}/{'tree' if path.is_dir() else 'blob'}/main/{name}{anchor})"
-
-    return re.sub(r"\]\(([^)\s]+)\)", link, text)
 
 
 def read_page(app, docname, source):
