@@ -61,7 +61,7 @@ class RunOptions:
     profile: int = 0
     """Steps of each stage to trace, after two that may compile; the traces go to profile/STAGE of the run."""
     log: str = "jsonl"
-    """Where metrics go, comma-separated: jsonl (always), tensorboard, wandb, trackio."""
+    """Where metrics go, comma-separated: jsonl (always), tensorboard, wandb, trackio. WANDB_MODE=offline works."""
     mesh: Mesh = Mesh()
     """How the devices are laid out. A run may be resumed on others."""
     distributed: str = "auto"

@@ -9,6 +9,7 @@
     arrays/NAME.npz    results computed once between stages
     checkpoints/STAGE/ the state of each stage
     profile/STAGE/     traces of `--profile`, for TensorBoard or Perfetto
+    tracked/NAME.jsonl what a tracker has been sent, so that nothing is sent twice
 
 `metrics.jsonl` and `samples.jsonl` of a run that was killed and resumed equal, byte for byte, those of one
 never stopped: lines are appended whole, a half-written last line is repaired when the folder is opened, and

@@ -3,15 +3,21 @@
 A tracker is a pair of functions. `open_trackers` turns the names typed on the command line into one
 tracker; code that builds its own passes a `Tracker` instead. The third-party packages are imported only
 when asked for.
+
+A run that is resumed computes the steps past its checkpoint again. What was sent of them is not sent twice: each
+tracker notes what it has sent in `tracked/NAME.jsonl` of the run folder, and goes on in the same run of its service.
 """
 
 import difflib
 import importlib.util
+import json
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Metrics = Mapping[str, float]
+SENT = "tracked"  # folder of a run: what each tracker has sent
 
 
 class Tracker(NamedTuple):
@@ -62,14 +68,18 @@ def wandb(directory: Path, config: Mapping[str, Any], name: str) -> Tracker:
     run = package.init(
         project="rlhfjax",
         name=name,
-        id=name.replace("/", "-"),
+        id=_identity(directory / SENT / "wandb.jsonl"),
         resume="allow",
         dir=str(directory),
         config=dict(config),
     )
+    stages: set[str] = set()
 
     def log(stage: str, step: int, metrics: Metrics) -> None:
         # wandb's own step may only grow, and ours starts again at every stage: so each stage logs its own.
+        if stage not in stages:
+            stages.add(stage)
+            run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         run.log({f"{stage}/step": step} | {f"{stage}/{metric}": value for metric, value in metrics.items()})
 
     return Tracker(log=log, close=run.finish)
@@ -77,10 +87,11 @@ def wandb(directory: Path, config: Mapping[str, Any], name: str) -> Tracker:
 
 def trackio(directory: Path, config: Mapping[str, Any], name: str) -> Tracker:
     """Trackio's local dashboard, project "rlhfjax"; `trackio show` opens it."""
-    del directory
     import trackio as package  # pyright: ignore[reportMissingImports]
 
-    run = package.init(project="rlhfjax", name=name, config=dict(config))
+    # Trackio knows a run by its name; two folders of the same name are two runs.
+    own = f"{name}-{_identity(directory / SENT / 'trackio.jsonl')}"
+    run = package.init(project="rlhfjax", name=own, config=dict(config), resume="allow")
 
     def log(stage: str, step: int, metrics: Metrics) -> None:
         run.log({f"{stage}/step": step} | {f"{stage}/{metric}": value for metric, value in metrics.items()})
@@ -88,17 +99,64 @@ def trackio(directory: Path, config: Mapping[str, Any], name: str) -> Tracker:
     return Tracker(log=log, close=run.finish)
 
 
+def sending_once(tracker: Tracker, file: Path) -> Tracker:
+    """The tracker, which sends a step of a stage only if `file` has no line of it, and then adds one.
+
+    A process killed between the two sends that one step again.
+    """
+    sent = {(line["stage"], line["step"]) for line in _lines(file) if "stage" in line}
+
+    def log(stage: str, step: int, metrics: Metrics) -> None:
+        if (stage, step) not in sent:
+            tracker.log(stage, step, metrics)
+            sent.add((stage, step))
+            _append(file, {"stage": stage, "step": step})
+
+    return Tracker(log=log, close=tracker.close)
+
+
+def _identity(file: Path) -> str:
+    """The name by which a service knows the run in this folder: made once, and kept in the file."""
+    found = next((line["id"] for line in _lines(file) if "id" in line), None)
+    if found is None:
+        found = secrets.token_hex(4)
+        _append(file, {"id": found})
+    return found
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of ours; a half-written one counts for nothing."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in found if isinstance(line, dict)]
+
+
+def _append(file: Path, record: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "ab+") as stream:
+        torn = stream.seek(0, 2) > 0
+        if torn:
+            stream.seek(-1, 2)
+            torn = stream.read() != b"\n"
+        stream.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
+
+
 class Choice(NamedTuple):
-    """A tracker that `--log` can name: the package it needs, and the function that opens it."""
+    """A tracker that `--log` can name: the package it needs, the extra that has it, and the function that opens it."""
 
     package: str
+    extra: str
     open: Callable[[Path, Mapping[str, Any], str], Tracker]
 
 
 TRACKERS = {
-    "tensorboard": Choice("tensorboardX", tensorboard),
-    "wandb": Choice("wandb", wandb),
-    "trackio": Choice("trackio", trackio),
+    "tensorboard": Choice("tensorboardX", "log", tensorboard),
+    "wandb": Choice("wandb", "wandb", wandb),
+    "trackio": Choice("trackio", "trackio", trackio),
 }
 
 
@@ -116,13 +174,20 @@ def parse_names(text: str) -> tuple[str, ...]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"--log: no tracker named {name!r}{hint} (there are: {', '.join(known)})")
         if name in TRACKERS and importlib.util.find_spec(TRACKERS[name].package) is None:
-            package = TRACKERS[name].package
+            package, extra, _ = TRACKERS[name]
             raise ImportError(
-                f"--log {name} needs the package {package}, which is not installed: pip install {package}"
+                f'--log {name} needs the package {package}, which is not installed: pip install "rlhfjax[{extra}]"'
             )
     return tuple(dict.fromkeys(name for name in names if name != "jsonl"))
 
 
 def open_trackers(text: str, directory: Path, config: Mapping[str, Any], name: str) -> Tracker:
     """Opens the trackers that `text` ("jsonl,tensorboard") names, for the run `name` in `directory`."""
-    return combine([TRACKERS[tracker].open(directory, config, name) for tracker in parse_names(text)])
+    return combine(
+        [
+            sending_once(
+                TRACKERS[tracker].open(directory, config, name), directory / SENT / f"{tracker}.jsonl"
+            )
+            for tracker in parse_names(text)
+        ]
+    )

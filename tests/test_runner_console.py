@@ -117,7 +117,7 @@ def test_tracker_names_are_read_and_checked(monkeypatch):
     with pytest.raises(ValueError, match="did you mean 'wandb'"):
         tracking.parse_names("jsonl,wanbd")
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="--log wandb needs .* pip install wandb"):
+    with pytest.raises(ImportError, match=r"--log wandb needs .* pip install .rlhfjax\[wandb\]"):
         tracking.parse_names("wandb")
 
 
