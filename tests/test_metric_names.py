@@ -104,8 +104,9 @@ def update_metrics(name: str) -> set[str]:
         batch = ppo.Rollout(action, numbers, numbers, numbers, numbers, mask=mask)
     else:
         algorithm = grpo.make(lambda p, x: evaluate(p, x)[:2], optax.sgd(0.1), GRPO(minibatches=1))
-        groups = [jnp.zeros((4, 2, 3), kind) for kind in (jnp.int32, jnp.float32, jnp.float32)]
-        batch = grpo.Rollout(*groups, jnp.zeros((4, 2)), jnp.ones((4, 2, 3), bool))
+        of_groups = jnp.zeros((4, 2, 3))
+        tokens, counts = of_groups.astype(jnp.int32), of_groups == 0
+        batch = grpo.Rollout(tokens, of_groups, of_groups, jnp.zeros((4, 2)), counts)
     traced = jax.eval_shape(algorithm.update, algorithm.init(params), batch, jax.random.key(0))
     return set(traced[1])
 
