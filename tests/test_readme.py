@@ -35,6 +35,18 @@ def test_paths_of_the_readme_exist():
         assert (ROOT / path).exists(), path
 
 
+def test_the_table_of_algorithms_has_their_lines():
+    rows = re.findall(r"^\| `(\w+(?:\.py)?)` \| (\d+) \|", README, re.MULTILINE)
+    folder = ROOT / "rlhfjax" / "algorithms"
+    helpers = ("__init__.py", "algorithm.py", "exploration.py", "optimizers.py", "turns.py", "__pycache__")
+    assert {name for name, _ in rows} == {path.name for path in folder.iterdir()} - set(helpers)
+    for name, said in rows:
+        path = folder / name
+        files = [path] if path.is_file() else path.glob("*.py")
+        lines = sum(len(file.read_text().splitlines()) for file in files)
+        assert abs(int(said) - lines) <= 0.1 * lines, f"{name} has {lines} lines"
+
+
 def commands() -> list[list[str]]:
     lines = "".join(code_blocks("")).splitlines()
     words = [line.split("#")[0].split(">")[0].split() for line in lines]
