@@ -123,7 +123,11 @@ def test_headings_tables_and_parts_can_be_found_without_eyes(folder: Path):
 def test_the_data_of_the_views_is_what_was_logged(folder: Path):
     write_report(folder, "Title", sections())
     page = (folder / "report.html").read_text()
-    curves, samples = (json.loads(x) for x in re.findall(r'application/json">(.*?)</script>', page))
+    blocks = re.findall(r'application/json">(.*?)</script>', page)
+    assert not [
+        block for block in blocks if set("<>&") & set(block)
+    ]  # nothing that a browser reads as markup
+    curves, samples = map(json.loads, blocks)
     (ppo,) = curves.pop("ppo")
     assert curves == {}  # a stage of one step has no curve
     assert ppo["step"] == [1, 2, 3] and ppo["values"]["policy/entropy"] == [1.5, None, 1.5]
