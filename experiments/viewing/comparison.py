@@ -64,9 +64,8 @@ def _settings_section(groups: Sequence[Group]) -> Section:
         same = "All runs have the same settings" if len(groups) == 1 else "No setting that they share differs"
         return Section("What differs", f"{same}; the seeds are {_seeds(groups)}.")
     rows = [[group.label, *(str(group.settings[name]) for name in names), group.seeds] for group in groups]
-    return Section(
-        "What differs", "All other settings are the same.", Table(["setting", *names, "seeds"], rows)
-    )
+    text = "All other settings that the runs share are the same."
+    return Section("What differs", text, Table(["setting", *names, "seeds"], rows))
 
 
 def _seeds(groups: Sequence[Group]) -> str:
