@@ -135,6 +135,7 @@ def closing_lines(folder: RunFolder, summary: Mapping[str, float]) -> str:
         f"  {name:<{18}} {meaning}"
         for name, meaning in (
             ("report.md", "what happened, in words and figures"),
+            ("report.html", "the same with curves and samples to look through: open it in a browser"),
             ("summary.json", "the final numbers"),
             ("metrics.jsonl", "every step of every stage"),
             ("samples.jsonl", "texts"),
