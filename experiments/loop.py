@@ -12,27 +12,26 @@ the folder holds is for process 0 to say.
 
 import contextlib
 import functools
-import io
 import math
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.monitoring
 import numpy as np
 
+from experiments.arrays import read_arrays, save_arrays
 from experiments.trace import read_trace
 from experiments.watch import Watch, state_after
 from rlhfjax import console, processes
 from rlhfjax.accelerators import accelerator, peak_memory
 from rlhfjax.checkpoint import Checkpoints
 from rlhfjax.mesh import fetch
-from rlhfjax.run_folder import RunFolder, write_atomically
+from rlhfjax.run_folder import RunFolder
 
 State = TypeVar("State")
 Rows = Sequence[dict[str, Any]]
@@ -43,6 +42,8 @@ PERF = "perf/"  # a metric so named is a measurement: it goes to perf.jsonl, nev
 COLUMNS_BY_DEFAULT = 6
 SAMPLES_SHOWN = 4
 SECONDS_WORTH_SHOWING = 0.05
+REFUSED = "optimizer/refused"  # share of gradient steps not made, since their gradient was not finite
+MOST_REFUSED = 10  # steps in a row
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def run_stage(
 
     Raises:
       FloatingPointError: a metric is not finite; names stage, step and metric. No checkpoint of that state
-        is written.
+        is written. Where the algorithm has refused the gradient ("optimizer/refused"), the state is sound and the
+        stage goes on, to the tenth such step in a row.
       FileNotFoundError: the stage has checkpoints, and none can be read.
       Preempted: SIGTERM came; the step at hand has been done and its state saved.
     """
@@ -169,7 +171,7 @@ def run_once(
         )
         if whole:
             view.note("done earlier")
-            return processes.together(f"arrays {name} read", lambda: _read_arrays(path))
+            return processes.together(f"arrays {name} read", lambda: read_arrays(path))
         folder.truncate_after(name, -1)
         start = time.perf_counter()
         arrays, metrics, rows = compute()
@@ -181,7 +183,7 @@ def run_once(
         view.update(1, dict(list(values.items())[:COLUMNS_BY_DEFAULT]), True)
         view.samples(name, rows[:SAMPLES_SHOWN])
         folder.sync()
-        processes.from_first(f"arrays {name} saved", lambda: _save_arrays(path, arrays))
+        processes.from_first(f"arrays {name} saved", lambda: save_arrays(path, arrays))
     return arrays
 
 
@@ -281,9 +283,11 @@ def _reporter(
     """A function (step, metrics, aux) that fetches, checks, logs and shows one step."""
     every = show.every or max(1, steps // 20)
     lap = _stopwatch()
+    refused = 0  # steps in a row
     recent: list[dict[str, float]] = []  # numbers of the steps since the last line shown
 
     def report(step: int, metrics: Mapping[str, Any], aux: Any = None) -> None:
+        nonlocal refused
         fetched = {key: plain_number(value) for key, value in fetch(dict(metrics)).items()}
         if show.measure:
             fetched |= show.measure(step, fetch(aux))
@@ -292,7 +296,11 @@ def _reporter(
         values = {key: value for key, value in fetched.items() if not key.startswith(PERF)}
         perf = lap() | {key.removeprefix(PERF): fetched[key] for key in fetched.keys() - values.keys()}
         _log(name, step, folder, values, perf | _rates([values | perf]))
-        _refuse_non_finite(name, step, values, nullable)
+        refused = refused + 1 if any(x > 0 for key, x in values.items() if REFUSED in key) else 0
+        if refused:
+            view.note(f"step {step}: the gradient is not finite; parameters and optimiser stay as they were")
+        if not 0 < refused < MOST_REFUSED:
+            _refuse_non_finite(name, step, values, nullable)
         recent.append(values | perf)
         shown = step % every == 0 or step in (done + 1, steps)
         view.update(step, _line(values, recent, show.columns) if shown else {}, shown)
@@ -408,26 +416,11 @@ def _refuse_non_finite(name: str, step: int, values: Mapping[str, float], nullab
         )
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    objects = [key for key, array in arrays.items() if array.dtype == object]
-    if objects:
-        raise TypeError(f"{path.stem}: {objects} cannot be kept; arrays of numbers, booleans or strings can")
-    buffer = io.BytesIO()
-    np.savez(buffer, **cast(dict[str, Any], arrays))
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, buffer.getvalue())
-
-
 def _load_arrays(path: Path, note: Callable[[str], None]) -> dict[str, np.ndarray] | None:
     if not path.exists():
         return None
     try:
-        return _read_arrays(path)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        note(f"warning: {path} is damaged ({error}); computing it again")
+        return read_arrays(path)
+    except (ValueError, OSError) as error:
+        note(f"warning: {error}; computing it again")
         return None
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        return {key: file[key] for key in file.files}

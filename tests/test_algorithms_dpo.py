@@ -203,7 +203,7 @@ def test_step_equals_a_loop_over_pairs(name, params, batch):
         np.testing.assert_allclose(metrics[metric], value, rtol=1e-4, atol=1e-6, err_msg=metric)
     gradient = flat(params) - flat(new)
     np.testing.assert_allclose(gradient, oracle_gradient(flat(params), batch, config), rtol=2e-4, atol=2e-6)
-    assert metrics.keys() == expected.keys() | {"optimizer/gradient_norm"}
+    assert metrics.keys() == expected.keys() | {"optimizer/gradient_norm", "optimizer/refused"}
     assert all(x.dtype == jnp.float32 and x.shape == () for x in metrics.values())
     assert [metric for metric in metrics if metric not in dpo.__doc__] == []
 

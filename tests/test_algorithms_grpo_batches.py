@@ -126,7 +126,7 @@ def test_metrics_are_those_of_their_definitions(params, rollout):
     for name, x in expected.items():
         np.testing.assert_allclose(metrics[name], x, rtol=1e-4, atol=1e-6, err_msg=name)
         assert metrics[name].shape == () and metrics[name].dtype == jnp.float32, name
-    others = {"loss/total", "loss/policy", "optimizer/gradient_norm"}
+    others = {"loss/total", "loss/policy", "optimizer/gradient_norm", "optimizer/refused"}
     assert metrics.keys() == expected.keys() | others
     assert metrics["loss/total"] == metrics["loss/policy"]
 

@@ -162,7 +162,7 @@ def test_step_equals_a_loop_over_completions(name, params, batch):
         for e in steps
     ]
     np.testing.assert_allclose(theta - flat(state.params), gradient, rtol=1e-4, atol=1e-6)
-    assert metrics.keys() == expected.keys() | {"optimizer/gradient_norm"}
+    assert metrics.keys() == expected.keys() | {"optimizer/gradient_norm", "optimizer/refused"}
     assert all(x.dtype == jnp.float32 and x.shape == () for x in metrics.values())
     assert [metric for metric in metrics if metric not in kto.__doc__] == []
     midpoint = (expected["reward/desirable"] + expected["reward/undesirable"]) / 2

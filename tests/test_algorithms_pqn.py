@@ -166,6 +166,7 @@ def test_one_step_equals_the_gradient_of_the_loop(huber):
         "batch/count": B * T,
         "batch/invalid": 0,
         "optimizer/gradient_norm": np.linalg.norm(gradient),
+        "optimizer/refused": 0,
     }
     assert set(expected) == set(metrics)
     for name, x in expected.items():

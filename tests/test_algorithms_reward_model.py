@@ -93,7 +93,7 @@ def test_step_equals_a_loop_over_pairs(params, batch):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
     for name, g in gradient.items():
         np.testing.assert_allclose(params[name] - new[name], g / n, rtol=1e-4, atol=1e-6)
-    assert metrics.keys() == expected.keys() | {"optimizer/gradient_norm"}
+    assert metrics.keys() == expected.keys() | {"optimizer/gradient_norm", "optimizer/refused"}
     assert all(x.dtype == jnp.float32 and x.shape == () for x in metrics.values())
     documented = reward_model.__doc__
     assert [name for name in metrics if name not in documented] == []

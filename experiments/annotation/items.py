@@ -1,6 +1,5 @@
 """What is to be compared: prompts with completions, from a file or a run."""
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.arrays import read_arrays
 from rlhfjax.data import item_id
 from rlhfjax.data.datasets import check_text, numbered_rows
 from rlhfjax.data.labels import check_completions, check_number, check_systems
@@ -102,19 +102,16 @@ def _texts_of_run(run: Path, stage: str) -> tuple[list[str], list[str], np.ndarr
             f"{run} has no texts of a stage {stage!r} ({path} is not there; there are {there}): end the run, or choose "
             "another --stage"
         )
-    try:
-        with np.load(path) as arrays:
-            if "prompt" not in arrays or "texts" not in arrays:
-                raise ValueError(
-                    f"{path} does not say which prompts its texts answer: it was written before runs kept them, or by "
-                    "another kind of experiment; give a JSONL file of items instead"
-                )
-            texts, prompts = arrays["texts"], [str(x) for x in arrays["prompt"]]
-            if stage == SAMPLES:
-                return [f"sample {i + 1}" for i in range(texts.shape[1])], prompts, texts.T
-            return [str(x) for x in arrays["name"]], prompts, texts
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); --resume the run to make it again") from error
+    arrays = read_arrays(path)
+    if "prompt" not in arrays or "texts" not in arrays:
+        raise ValueError(
+            f"{path} does not say which prompts its texts answer: it was written before runs kept them, or by "
+            "another kind of experiment; give a JSONL file of items instead"
+        )
+    texts, prompts = arrays["texts"], [str(x) for x in arrays["prompt"]]
+    if stage == SAMPLES:
+        return [f"sample {i + 1}" for i in range(texts.shape[1])], prompts, texts.T
+    return [str(x) for x in arrays["name"]], prompts, texts
 
 
 def _sampled_alike(names: Sequence[str]) -> list[str]:

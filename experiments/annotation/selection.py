@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.annotation.items import Item
+from experiments.arrays import read_arrays
 
 CALLS_OF = 64  # texts scored at a time
 
@@ -63,6 +64,5 @@ def _scores(items: Sequence[Item], folder: Path) -> list[float]:
     found = np.asarray(score(prompts, [text for item in items for text in item.completions]))
     normalised = folder / "arrays" / "reward_model_heldout.npz"
     if normalised.is_file():
-        with np.load(normalised) as arrays:
-            found = found / float(arrays["gain"])
+        found = found / float(read_arrays(normalised)["gain"])
     return found.tolist()

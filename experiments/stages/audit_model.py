@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.arrays import read_arrays
 from experiments.options import override, read_yaml
 from experiments.stages import reward, text
 from experiments.stages.configs import RewardStage
@@ -115,8 +116,8 @@ def _of_run(where: Path) -> Opened:
     params = evaluation_params(found[1].opt_state, found[1].params)
     normalised = where / "arrays" / "reward_model_heldout.npz"
     if normalised.is_file():
-        with np.load(normalised) as arrays:
-            params = params | {name: jnp.asarray(arrays[name]) for name in ("gain", "bias")}
+        arrays = read_arrays(normalised)
+        params = params | {name: jnp.asarray(arrays[name]) for name in ("gain", "bias")}
     evaluate = opened.jit(lambda lm: make_reward_model(lm, pool=stage.pool))
     return Opened(
         lambda x: evaluate(params, x),

@@ -108,7 +108,8 @@ def gradient_step(
 
     Returns:
       params, opt_state and the metrics: `sums` as means over the global batch, the count itself as
-      "batch/count", and "optimizer/gradient_norm" before clipping. An empty batch (count 0) has gradient 0.
+      "batch/count", "optimizer/gradient_norm" before clipping, and "optimizer/refused": 1 where that norm is not
+      finite, and params and opt_state are what they were; else 0. An empty batch (count 0) has gradient 0.
     """
     grads, sums = _summed_gradient(loss, _varying(params, axis_name), batch, microbatches, axis_name)
     if axis_name is not None:
@@ -118,9 +119,22 @@ def gradient_step(
     grads = jax.tree.map(lambda g: g * scale, grads)
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    updates, opt_state = optimizer.update(grads, opt_state, params)
-    metrics = means(sums) | {"batch/count": sums["count"], "optimizer/gradient_norm": norm}
-    return optax.apply_updates(params, updates), opt_state, metrics
+    updates, new_opt_state = optimizer.update(grads, opt_state, params)
+    finite = jnp.isfinite(norm)
+    params, opt_state = where_finite(
+        finite, (optax.apply_updates(params, updates), new_opt_state), (params, opt_state)
+    )
+    metrics = means(sums) | {
+        "batch/count": sums["count"],
+        "optimizer/gradient_norm": norm,
+        "optimizer/refused": 1.0 - finite.astype(jnp.float32),
+    }
+    return params, opt_state, metrics
+
+
+def where_finite(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where `finite`, a bool of no axis, else `old`, as a whole: one NaN in the state would never leave it."""
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
 def _summed_gradient(loss, params, batch, microbatches, axis_name):

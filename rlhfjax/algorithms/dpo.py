@@ -36,7 +36,7 @@ Metrics (means over the pairs that count):
     pair/weight                 of WPO; only with weighting
     pair/equal                  how many pairs were left out because their texts are equal
     batch/count                 pairs
-    optimizer/gradient_norm
+    optimizer/gradient_norm, optimizer/refused
 
 Shapes: B prompts, G completions of each, K pairs of each, C completion length.
 

@@ -28,7 +28,7 @@ Metrics (means over the transitions that count, before the step):
     q/target          what it is moved towards
     batch/count       transitions
     batch/invalid     those left out as bad input: an action that is none, a reward that is not finite
-    optimizer/gradient_norm
+    optimizer/gradient_norm, optimizer/refused
 
 Shapes: B transitions, A actions, N quantiles.
 

@@ -27,6 +27,7 @@ Metrics, means over actions:
     policy/weight                w, where the policy is learnt
     batch/count                  number of actions
     optimizer/gradient_norm      before clipping
+    optimizer/refused            share of gradient steps not made, their gradient not being finite
 
 and counts: batch/episodes (with an action), batch/without_action (nothing to learn from), reward/nonfinite (left out).
 

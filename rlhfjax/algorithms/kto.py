@@ -23,7 +23,7 @@ Metrics (means over the completions that count; a class without any gives 0):
     objective/reference_point   z, nats; only with loss "kto" and reference point "mismatched"
     objective/reward_shift      used in this update, units of reward; only with loss "bco"
     batch/count                 completions
-    optimizer/gradient_norm
+    optimizer/gradient_norm, optimizer/refused (see `gradient_step`)
 
 Shapes: B prompts, G completions of each, C completion length.
 
@@ -260,13 +260,14 @@ def _by_class(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _moved_shift(shift: jax.Array, metrics: dict[str, jax.Array], config: Config) -> jax.Array:
-    """The reward shift after an update; a batch without good or without bad completions does not move it."""
+    """The reward shift after an update. A batch without good or without bad completions, or with a reward that is not
+    finite, does not move it."""
     if config.loss != "bco":
         return shift
     good = metrics["completion/desirable"]
     midpoint = 0.5 * (metrics["reward/desirable"] + metrics["reward/undesirable"])
     moved = config.shift_decay * shift + (1.0 - config.shift_decay) * midpoint
-    return jnp.where((good > 0) & (good < 1), moved, shift)
+    return jnp.where((good > 0) & (good < 1) & jnp.isfinite(moved), moved, shift)
 
 
 def _mismatched(batch: Judged) -> Mismatched:

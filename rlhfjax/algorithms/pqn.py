@@ -16,7 +16,7 @@ Metrics (means over the optimiser steps of an update, each a mean over the steps
     q/target          what it is moved towards
     batch/count       environment steps in the rollout that count
     batch/invalid     rows left out as bad input: a reward that is not finite, an action that is none
-    optimizer/gradient_norm
+    optimizer/gradient_norm, optimizer/refused
 
 Shapes: B environments, T steps of each, N = B * T, A actions.
 

@@ -38,7 +38,7 @@ Metrics (means over the pairs, choices or steps that count):
     batch/count           pairs, choices or steps
     batch/invalid         those left out as bad input: a label outside 0..1, a margin below 0, a pair of
                           completions that are not there, an order that is not one (one a ranking)
-    optimizer/gradient_norm
+    optimizer/gradient_norm, optimizer/refused
 
 Shapes: M members of an ensemble, B prompts, G completions of each, K pairs of each, C tokens of a completion.
 

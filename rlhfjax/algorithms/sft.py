@@ -6,7 +6,8 @@ Weights tell what is learnt: 1 for completion tokens, 0 for padding, something b
 on the prompt. The mean runs over the global batch, so it does not change with padding, packing or the number
 of devices.
 
-Metrics: "loss/nll" (nats per unit of weight), "batch/count" (the sum of weights), "optimizer/gradient_norm".
+Metrics: "loss/nll" (nats per unit of weight), "batch/count" (the sum of weights), "optimizer/gradient_norm",
+"optimizer/refused".
 
 >>> import jax, jax.numpy as jnp, optax
 >>> from rlhfjax.config import SFT

@@ -53,6 +53,7 @@ Metrics (float32 scalars; "sequence" = a sample with at least one action that co
     policy/logp_gap             largest |logp - rollout.logp| before the first step: only rounding, where
                                 rollout and update evaluate the same function
     optimizer/gradient_norm     before clipping
+    optimizer/refused           share of gradient steps not made, their gradient not being finite
 
 Loss, policy and gradient metrics are means over the gradient steps (ratio_max: largest). Without a reference
 (kl_coefficient None and logp_ref None) there is no objective/kl.

@@ -41,6 +41,7 @@ Metrics (float32 scalars; "sequence" = a row along the last axis with at least o
     policy/logp_gap             largest |logp - rollout.logp| before the first step: only rounding, where
                                 rollout and update evaluate the same function
     optimizer/gradient_norm     before clipping; in critic_warmup of the critic alone
+    optimizer/refused           share of gradient steps not made, their gradient not being finite
 
 and only where the config asks for what they speak of:
 

@@ -205,6 +205,7 @@ def _next_kl_coefficient(state: State, metrics: dict[str, jax.Array], config: Co
         horizon=config.kl_horizon,
         steps=metrics["batch/sequences"],
     )
+    moved = jnp.where(jnp.isfinite(moved), moved, state.kl_coefficient)
     if not config.critic_warmup:
         return moved
     return jnp.where(state.step < config.critic_warmup, state.kl_coefficient, moved)

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 
 from rlhfjax.algorithms import make_optimizer
+from rlhfjax.algorithms.algorithm import where_finite
 from rlhfjax.config import SegmentReward as Config
 from rlhfjax.environments import Environment
 from rlhfjax.networks import mlp
@@ -175,8 +176,9 @@ def reward_learner(config: Config, env: Environment) -> RewardLearner:
 
     def step(params: PyTree, opt_state: PyTree, l2: jax.Array, batch: Labels, weight_P: jax.Array):
         slope, sums = jax.grad(loss, has_aux=True)(params, l2, batch, weight_P)
-        updates, opt_state = optimizer.update(slope, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, sums
+        updates, new_opt_state = optimizer.update(slope, opt_state, params)
+        learnt = optax.apply_updates(params, updates), new_opt_state
+        return *where_finite(jnp.isfinite(optax.global_norm(slope)), learnt, (params, opt_state)), sums
 
     def init(key: jax.Array) -> Ensemble:
         params = jax.vmap(network.init)(jax.random.split(key, config.members))
