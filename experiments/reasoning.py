@@ -66,7 +66,7 @@ class Config:
     a token for each character."""
     sft: SFTStage = field(
         default_factory=lambda: SFTStage(
-            steps=300,
+            steps=450,
             length=96,
             prompt_weight=0.0,
             optimizer=Optimizer(
@@ -89,24 +89,25 @@ class Config:
             temperature=1.0,
             missing_eos_penalty=None,
             algorithm=PPO(kl_coefficient=0.01, epochs=1, minibatches=2, value_coefficient=0.5),
-            optimizer=_optimizer(0.0015),
+            optimizer=_optimizer(0.0008),
         )
     )
     grpo: GRPOStage = field(
         default_factory=lambda: GRPOStage(
             steps=60,
             prompts=32,
-            samples=8,
+            samples=16,
             temperature=1.0,
             missing_eos_penalty=None,
             algorithm=GRPO(
+                scale="none",
                 kl_coefficient=0.01,
                 kl_placement="reward",
                 kl_estimator="k1",
                 aggregation="token",
                 minibatches=2,
             ),
-            optimizer=_optimizer(0.0015),
+            optimizer=_optimizer(0.001),
         )
     )
     rloo: GRPOStage = field(
@@ -114,11 +115,11 @@ class Config:
             rloo_stage(),
             steps=60,
             prompts=32,
-            samples=8,
+            samples=16,
             temperature=1.0,
             missing_eos_penalty=None,
             algorithm=replace(rloo_stage().algorithm, kl_coefficient=0.01, length_constant=20.0),
-            optimizer=_optimizer(0.0015),
+            optimizer=_optimizer(0.001),
         )
     )
     dpo: DPOStage = field(
