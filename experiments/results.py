@@ -50,7 +50,10 @@ def run(config: Config, folder) -> dict[str, float]:
     from experiments.stages import all_results
     from rlhfjax.report import write_report
 
-    tasks = {name: (TASKS[name].run, getattr(config, name)) for name in _chosen(config)}
+    tasks = {
+        name: all_results.Job(TASKS[name].__name__.rpartition(".")[2], TASKS[name].run, getattr(config, name))
+        for name in _chosen(config)
+    }
     found = all_results.run_all(tasks, config.seeds, folder)
     write_report(
         folder.path,

@@ -9,7 +9,7 @@ import pytest
 from running import start
 from test_dialogue import TINY
 
-from experiments import run
+from experiments import results, run
 from experiments.stages import all_results
 from experiments.stages.results import Results, Row, read_results, stage_seconds, write_results
 from rlhfjax.report import nested_bootstrap_interval
@@ -54,6 +54,20 @@ def test_seconds_are_those_of_the_stages(tmp_path):
     for stage, seconds in (("ppo", 1.5), ("sft", 10.0), ("ppo", 2.0), ("validation", 0.25)):
         folder.log_perf(stage, 1, {"seconds": seconds})
     assert stage_seconds(folder, "ppo", "validation") == 3.75
+
+
+def test_each_task_is_run_under_the_name_that_the_command_line_knows_it_by(tmp_path, monkeypatch):
+    """A row's command is made of that name: it must be an experiment that takes the task's settings."""
+    jobs = {}
+    monkeypatch.setattr(all_results, "run_all", lambda tasks, seeds, folder: jobs.update(tasks) or {})
+    monkeypatch.setattr(all_results, "sections", lambda found, folder: [])
+    results.run(results.Config(), folder_at(tmp_path / "run"))
+    assert list(jobs) == list(results.TASKS)
+    for job in jobs.values():
+        assert (
+            type(run.load_experiment(job.experiment, run.HERE).Config()).__name__ == type(job.config).__name__
+        )
+        assert run.load_experiment(job.experiment, run.HERE).__name__ == type(job.config).__module__
 
 
 def test_a_table_over_runs(tmp_path):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,15 +12,21 @@ from rlhfjax.figures import plot_intervals
 from rlhfjax.report import Interval, Section, Table, nested_bootstrap_interval
 from rlhfjax.run_folder import LOGS, RunFolder
 
-Run = Callable[[Any, RunFolder], dict[str, float]]
+
+class Job(NamedTuple):
+    """A task: the experiment that it is run by, as the command line names it, and its settings."""
+
+    experiment: str
+    run: Callable[[Any, RunFolder], dict[str, float]]
+    config: Any
 
 
-def run_all(tasks: Mapping[str, tuple[Run, Any]], seeds: int, folder: RunFolder) -> dict[str, list[Results]]:
+def run_all(tasks: Mapping[str, Job], seeds: int, folder: RunFolder) -> dict[str, list[Results]]:
     """Runs every task with each of the seeds, in folders of their own; those that have ended are not run again."""
     found: dict[str, list[Results]] = {}
-    for name, (run, config) in tasks.items():
+    for name, (experiment, run, config) in tasks.items():
         for seed in range(folder.seed, folder.seed + seeds):
-            part = _part(folder, name, seed)
+            part = _part(folder, name, experiment, seed)
             print(f"{name}, seed {seed}, in {part.path}", flush=True)
             if not (part.path / FILE).exists():
                 part.write_summary(run(config, part))
@@ -36,12 +42,12 @@ def _check_alike(name: str, runs: Sequence[Results]) -> None:
         raise ValueError(f"the runs of {name} have other methods for other seeds: {methods}")
 
 
-def _part(folder: RunFolder, name: str, seed: int) -> RunFolder:
+def _part(folder: RunFolder, name: str, experiment: str, seed: int) -> RunFolder:
     path = folder.path / name / f"seed-{seed}"
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
     for log in LOGS:
         (path / log).touch()
-    part = replace(folder, path=path, experiment=name, seed=seed)
+    part = replace(folder, path=path, experiment=experiment, seed=seed)
     part.repair()
     return part
 
@@ -94,7 +100,7 @@ def _task_section(runs: Sequence[Results], gold: Sequence[Interval]) -> Section:
                 gold[i],
                 f"{min(means):.3g} to {max(means):.3g}",
                 "" if i == 0 else _lead(same, baseline),
-                f"{np.mean(kls) + 0.0:.2f}" if kls else "",
+                f"{round(np.mean(kls), 2) + 0.0:.2f}" if kls else "",
                 f"{np.mean([x.seconds for x in same]):.0f}",
                 row.command,
             ]
