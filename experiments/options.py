@@ -78,7 +78,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no such file: {path}")
     try:
         content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if content is None:
         return {}

@@ -208,7 +208,10 @@ def _read(path: Path) -> Accelerator:
     """The accelerator that a file describes."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file, to read an accelerator from")
-    given = yaml.safe_load(path.read_text())
+    try:
+        given = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path}: expected lines like `flops: 989e12`")
     fields = {field.name: field for field in dataclasses.fields(Accelerator)}
@@ -219,7 +222,10 @@ def _read(path: Path) -> Accelerator:
     like = given.pop("like", None)
     values = {"names": (path.stem,), "source": str(path)}
     if like is not None:
-        values = dataclasses.asdict(lookup(like)) | values
+        try:
+            values = dataclasses.asdict(lookup(str(like))) | values
+        except (ValueError, OSError, RecursionError) as error:  # a file may be like itself
+            raise ValueError(f"{path}: like: {error}") from error
     values |= {name: _value(path, name, value, fields[name].type) for name, value in given.items()}
     missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]
     if missing:

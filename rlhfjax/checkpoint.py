@@ -413,7 +413,7 @@ def _damage(folder: Path) -> str | None:
         files = _read_manifest(folder)["files"]
     except FileNotFoundError:
         return f"{_MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{_MANIFEST} cannot be read ({error})"
     for name, (size, digest) in files.items():
         path = folder / name

@@ -209,8 +209,19 @@ def write_environment(path: Path, checkout: Path, mesh: Mesh = Mesh()) -> None: 
         "git_commit": _git_commit(checkout),
     }
     file = path / "environment.json"
-    sessions = json.loads(file.read_text())["sessions"] if file.exists() else []
+    sessions = _sessions(file)
     write_atomically(file, json.dumps({"sessions": [*sessions, session]}, indent=2) + "\n")
+
+
+def _sessions(file: Path) -> list[Any]:
+    """What environment.json has so far. A damaged one is set aside: what is written there decides nothing."""
+    if not file.exists():
+        return []
+    try:
+        return [*json.loads(file.read_text())["sessions"]]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        _set_aside(file)
+        return []
 
 
 @contextmanager
@@ -291,8 +302,9 @@ def _raw_lines(path: Path) -> list[bytes]:
 
 def _is_record(line: bytes) -> bool:
     try:
-        return line.endswith(b"\n") and {"stage", "step"} <= json.loads(line).keys()
-    except (ValueError, AttributeError):
+        row = json.loads(line)
+        return line.endswith(b"\n") and isinstance(row["stage"], str) and isinstance(row["step"], int)
+    except (ValueError, LookupError, TypeError, RecursionError):
         return False
 
 

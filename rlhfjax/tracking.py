@@ -130,7 +130,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
             found.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [line for line in found if isinstance(line, dict)]
 

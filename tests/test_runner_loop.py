@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import loop, run
+from experiments import arrays, loop, run
 from rlhfjax import run_folder
 from rlhfjax.checkpoint import Checkpoints
 
@@ -353,7 +353,7 @@ def test_whatever_a_kill_leaves_behind_the_resumed_run_ends_in_the_same_bits(
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "append_line", copy_after(run_folder.append_line))
-        patch.setattr(loop, "write_atomically", copy_after(loop.write_atomically))
+        patch.setattr(arrays, "write_atomically", copy_after(arrays.write_atomically))
         patch.setattr(Checkpoints, "save", copy_after(Checkpoints.save))
         assert run.main(["three", "--run-dir", str(tmp_path / "whole")], experiment) == 0
     expected = bits(tmp_path / "whole")

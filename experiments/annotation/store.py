@@ -65,7 +65,7 @@ class Store:
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not JSON ({error}); mend or delete that line") from error
                 if not isinstance(row, dict):
                     raise ValueError(f"{where}: a JSON object is needed; mend or delete that line")

@@ -64,13 +64,19 @@ def write_results(folder: RunFolder, *, task: str, metric: str, rows: Sequence[R
 
 
 def read_results(path: Path) -> Results:
-    """The results of the run in the folder `path`. FileNotFoundError where it has left none."""
+    """The results of the run in the folder `path`. FileNotFoundError where it has left none, ValueError where they
+    are damaged."""
     file = path / FILE
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: the run has not ended; continue it with --resume {path}")
-    content = json.loads(file.read_text())
-    rows = [Row(**row | {"gold": np.asarray(row["gold"])}) for row in content["rows"]]
-    return Results(content["task"], content["metric"], rows)
+    try:
+        content = json.loads(file.read_text())
+        rows = [Row(**row | {"gold": np.asarray(row["gold"], np.float64)}) for row in content["rows"]]
+        return Results(str(content["task"]), str(content["metric"]), rows)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); delete it, and --resume {path} to write it again"
+        ) from error
 
 
 def stage_seconds(folder: RunFolder, *stages: str) -> float:

@@ -200,7 +200,7 @@ def _json_file(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         problems.append(f"{path.name} cannot be read and is left out")

@@ -170,7 +170,14 @@ def _render(
         )
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template is no Jinja: {error}, line {error.lineno}") from error
-    except (jinja2.TemplateError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         roles = [message["role"] for message in messages]
         raise ValueError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
 

@@ -61,7 +61,7 @@ def whole_length(content: bytes) -> int:
     last = content.rfind(b"\n") + 1
     try:
         return len(content) if isinstance(json.loads(content[last:]), dict) else last
-    except ValueError:
+    except (ValueError, RecursionError):
         return last
 
 
@@ -123,7 +123,7 @@ def _read_bytes(file: Path) -> bytes:
 def _parse_row(line: bytes, required: Sequence[str], *, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:  # covers both malformed JSON and bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or lists in lists in lists
         raise ValueError(f"{where}: not JSON ({error}); write one JSON object a line") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a JSON object is needed, this is {type(row).__name__}")

@@ -199,7 +199,10 @@ def load_tokenizer(
         raise ValueError(
             f"no file in {directory} names an EOS token; pass eos= with the text of the token that ends a text"
         )
-    return PretrainedTokenizer(inner, texts, stop_ids)
+    try:
+        return PretrainedTokenizer(inner, texts, stop_ids)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
 
 
 def _prefix(inner: Any) -> tuple[int, ...]:

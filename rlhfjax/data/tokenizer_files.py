@@ -63,10 +63,13 @@ def update_object(file: Path, entries: dict[str, Any]) -> None:
 def _chat_templates(directory: Path) -> dict[str, str]:
     raw = _read_object(directory / "tokenizer_config.json").get("chat_template")
     found: dict[str, str] = {"default": raw} if isinstance(raw, str) else {}
-    if isinstance(raw, list):
-        found = {entry["name"]: entry["template"] for entry in raw}
+    if isinstance(raw, list) and all(isinstance(entry, dict) for entry in raw):
+        found = {entry.get("name", "?"): entry.get("template") for entry in raw}
     elif isinstance(raw, dict):
         found = dict(raw)
+    for name, source in found.items():
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise ValueError(f"{directory / 'tokenizer_config.json'}: chat template {name!r} is no text")
     for file in sorted((directory / "additional_chat_templates").glob("*.jinja")):
         found[file.stem] = file.read_text(encoding="utf-8")
     file = directory / "chat_template.jinja"
@@ -81,7 +84,7 @@ def _read_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); fetch it again") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: a JSON object is needed, this is {type(raw).__name__}")

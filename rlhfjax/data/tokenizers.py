@@ -127,13 +127,22 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path: str | Path, special_tokens: Mapping[str, str] = SPECIAL_TOKENS) -> Self:
-        """Reads a `tokenizer.json`; a folder stands for the file of that name in it."""
+        """Reads a `tokenizer.json`; a folder stands for the file of that name in it. ValueError for another file."""
         library = tokenizers_library()
         file = Path(path)
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
             raise FileNotFoundError(f"no tokenizer at {file}; BPETokenizer.save writes one")
-        return cls(library.Tokenizer.from_file(str(file)), special_tokens)
+        try:
+            inner = library.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(
+                f"{file} is no tokenizer that the tokenizers library reads ({error}); make it again"
+            ) from error
+        try:
+            return cls(inner, special_tokens)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Writes a `tokenizer.json`, the same bytes for the same tokenizer."""

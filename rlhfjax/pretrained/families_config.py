@@ -7,6 +7,7 @@ initialisation) are not read.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from rlhfjax.config import Decoder, RopeScaling
@@ -26,6 +27,8 @@ ACTIVATIONS = {
     "gelu_python": "gelu_exact",
     "relu": "relu",
 }
+SIZES = {"vocab_size", "width", "layers", "heads", "kv_heads", "head_size", "mlp_width", "max_positions"}
+MOST, MOST_LAYERS = 2**31 - 1, 10_000
 _WRITTEN = {"silu": "silu", "gelu": "gelu_pytorch_tanh", "gelu_exact": "gelu", "relu": "relu"}
 
 # How a decoder is run, which is nothing that a checkpoint has.
@@ -62,6 +65,14 @@ def text_config(raw: Raw) -> Raw:
     return raw
 
 
+def check_sizes(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError where a size is no number that a model could have: what is made of it may take for ever."""
+    for name in SIZES & fields.keys():
+        size, most = fields[name], MOST_LAYERS if name == "layers" else MOST
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
+            raise ValueError(f"{name} is {size!r}; it must be a whole number from 1 to {most}")
+
+
 def read_config(raw: Raw) -> tuple[Family, Decoder]:
     """The family and the decoder of a config.json. Raises ValueError where it asks for what a Decoder cannot do."""
     raw = text_config(raw)
@@ -81,8 +92,10 @@ def read_config(raw: Raw) -> tuple[Family, Decoder]:
             f"config.json has {family.fields['activation']}={activation!r}; supported: {sorted(ACTIVATIONS)}"
         )
     fields["activation"] = ACTIVATIONS[activation]
+    check_sizes(fields)
     fields.setdefault("kv_heads", fields["heads"])
     fields.setdefault("head_size", fields["width"] // fields["heads"])
+    check_sizes(fields)
     if "attention_scale" in fields:
         fields["attention_scale"] = fields["attention_scale"] ** -0.5
     if family.embedding_scaled:

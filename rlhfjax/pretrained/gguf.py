@@ -20,6 +20,7 @@ import numpy as np
 from rlhfjax.config import Decoder, RopeScaling
 from rlhfjax.data.chat import ChatTemplate
 from rlhfjax.data.pretrained_tokenizers import PretrainedTokenizer
+from rlhfjax.pretrained.families_config import check_sizes
 from rlhfjax.pretrained.gguf_tokenizer import build_tokenizer
 
 __all__ = ["ARCHITECTURES", "GGUF", "gguf_chat_template", "gguf_tokenizer", "load_gguf", "read_gguf"]
@@ -159,6 +160,13 @@ def _architecture(gguf: GGUF) -> str:
 
 def gguf_config(gguf: GGUF) -> Decoder:
     """The decoder that a file holds, from its metadata. Raises as `load_gguf`."""
+    try:
+        return _config(gguf)
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"{gguf.path} has metadata of another kind than its names say: {error}") from error
+
+
+def _config(gguf: GGUF) -> Decoder:
     family = _architecture(gguf)
     if family not in ARCHITECTURES:
         raise ValueError(
@@ -177,7 +185,7 @@ def gguf_config(gguf: GGUF) -> Decoder:
         )
     width, heads = needed("embedding_length"), needed("attention.head_count")
     size = given("attention.key_length", width // heads)
-    return Decoder(
+    config = Decoder(
         vocab_size=gguf.shape("token_embd.weight")[0],
         width=width,
         layers=needed("block_count"),
@@ -195,6 +203,11 @@ def gguf_config(gguf: GGUF) -> Decoder:
         attention_bias="blk.0.attn_q.bias" in gguf.tensors,
         tie_embeddings="output.weight" not in gguf.tensors,
     )
+    try:
+        check_sizes(vars(config))
+    except ValueError as error:
+        raise ValueError(f"{gguf.path}: {error}") from error
+    return config
 
 
 def _rope_scaling(gguf: GGUF, family: str) -> RopeScaling:

@@ -245,7 +245,10 @@ def _shortened(config: Decoder, max_positions: int | None) -> Decoder:
 
 def _config_of(directory: Path) -> tuple[Family, Decoder]:
     raw = read_json(directory / CONFIG)
-    return read_config(raw)
+    try:
+        return read_config(raw)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{directory / CONFIG}: {error}") from error
 
 
 def _read(

@@ -5,7 +5,7 @@ way round. For a family whose query, key and value are one matrix (gpt2, gpt_neo
 adapter of that matrix: there `merge_lora` and `save_pretrained` write the merged model.
 """
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +172,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if not (directory / file).exists():
             there = sorted(x.name for x in directory.iterdir()) if directory.is_dir() else "no such folder"
             raise FileNotFoundError(f"{directory / file} is missing (found: {there})")
-    try:
-        raw = json.loads((directory / CONFIG).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{directory / CONFIG} is not JSON: {error}") from error
+    raw = read_json(directory / CONFIG)
     if raw.get("peft_type") != "LORA":
         raise ValueError(
             f'{directory / CONFIG} has peft_type={raw.get("peft_type")!r}; only "LORA" can be read'
@@ -186,9 +183,13 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 f"{directory / CONFIG} has {option}={raw[option]!r}, which LoRA here does not do; merge it with peft "
                 "(merge_and_unload) and load the merged model"
             )
-    for option in ("r", "lora_alpha"):
+    for option, kind in (("r", int), ("lora_alpha", int | float)):
         if raw.get(option) is None:
             raise ValueError(f"{directory / CONFIG} has no {option}")
+        if not isinstance(raw[option], kind) or not 0 < raw[option] < math.inf:
+            raise ValueError(
+                f"{directory / CONFIG}: {option} is {raw[option]!r}; it must be a number above 0"
+            )
     try:
         return raw, load_file(directory / WEIGHTS)
     except SafetensorError as error:

@@ -30,7 +30,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is missing (found: {there})")
     try:
         found = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds {type(found).__name__}, not a dictionary")

@@ -39,7 +39,7 @@ def read_log(path: Path) -> Lines:
             continue
         try:
             row = json.loads(piece)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int):
             rows.append(row)
