@@ -91,7 +91,9 @@ def spoil(content: bytes, changes: list[tuple[str, float, Any]], head: int | Non
             content = content[:at] + what + content[at + len(what) :]
         elif found := list(_VALUE.finditer(content[:20_000])):
             one = found[int(place * len(found))]
-            other = found[int(what * len(found))].group() if kind == "swap" else DEEP.get(what, what.encode())
+            other = (
+                found[int(what * len(found))].group() if kind == "swap" else (DEEP.get(what) or what.encode())
+            )
             content = content[: one.start()] + other + content[one.end() :]
     return content
 
@@ -141,7 +143,7 @@ def fuzz(target: Target, folder: Path, cases: int, *, derandomize: bool = True) 
         derandomize=derandomize,
         deadline=None,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
     )
     @given(SPOILT)

@@ -320,8 +320,8 @@ def test_computing_once(tmp_path):
     logs = bits_of_logs(folder)
     again = loop.run_once("pairs", folder=folder, compute=compute)
     assert len(calls) == 1 and bits_of_logs(folder) == logs
-    for arrays in (first, again):
-        assert arrays["x"].tolist() == [0, 1, 2] and arrays["text"].tolist() == ["a", "é"]
+    for found in (first, again):
+        assert found["x"].tolist() == [0, 1, 2] and found["text"].tolist() == ["a", "é"]
     assert folder.metrics() == [{"stage": "pairs", "step": 0, "mean": 1.0}]
     path = folder.path / "arrays" / "pairs.npz"
     path.write_bytes(path.read_bytes()[:-30])
