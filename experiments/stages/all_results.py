@@ -55,7 +55,7 @@ def _part(folder: RunFolder, name: str, experiment: str, seed: int) -> RunFolder
 def sections(found: Mapping[str, Sequence[Results]], folder: RunFolder) -> list[Section]:
     """A table a task, a row a method, and all of them in one figure."""
     gold = {
-        f"{runs[0].task} ({runs[0].metric})": {
+        f"{runs[0].task}\n({runs[0].metric})": {
             row.method: _over_runs([run.rows[i].gold for run in runs]) for i, row in enumerate(runs[0].rows)
         }
         for runs in found.values()
