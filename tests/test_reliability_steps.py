@@ -27,7 +27,8 @@ def worked_example(name: str) -> dict:
     module = import_module(f"rlhfjax.algorithms.{name}")
     names = dict(vars(module))
     for example in doctest.DocTestParser().get_examples(module.__doc__ or ""):
-        exec(example.source, names)
+        if "metrics" not in example.source:  # up to the first update
+            exec(example.source, names)
     return names
 
 
@@ -36,7 +37,7 @@ def worked_example(name: str) -> dict:
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_count(name, bad):
     names = worked_example(name)
     algorithm, batch = names["algorithm"], names[BATCH.get(name, "batch")]
-    state = algorithm.init(names["algorithm"].init(names["state"].params).params)
+    state = names["state"] if "state" in names else algorithm.init(jnp.zeros(3))  # that of `reward_model`
     traced = []
     update = jax.jit(lambda *arguments: traced.append(name) or algorithm.update(*arguments))
     for turn in range(2):  # good, bad, and good again
