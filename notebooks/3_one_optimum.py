@@ -27,7 +27,9 @@ import sys
 
 SOURCE = "git+https://github.com/rlhfjax/rlhfjax"
 if importlib.util.find_spec("rlhfjax") is None:  # on Colab, say; the JAX that is there stays
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"rlhfjax[plot,text] @ {SOURCE}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", f"rlhfjax[plot,text] @ {SOURCE}"], check=True
+    )
 
 import jax
 
@@ -125,6 +127,7 @@ def at_the_end(inputs, index_BG):  # the reward comes with the last token
 # %% [markdown]
 # **PPO** has a critic; the KL is taken off the reward of each token.
 
+
 # %%
 def ppo_batch(params, index_BG):
     inputs = enumerable.rows(texts, index_BG)
@@ -147,6 +150,7 @@ print(f"PPO: total variation {ppo_distance[0]:.3f} -> {ppo_distance[-1]:.4f}")
 
 # %% [markdown]
 # **RLOO** has none: a text is held against the mean of the other texts of its group, and the KL is taken off its score.
+
 
 # %%
 def rloo_batch(params, index_BG):
@@ -173,6 +177,7 @@ print(f"RLOO: total variation {rloo_distance[0]:.3f} -> {rloo_distance[-1]:.4f}"
 # %% [markdown]
 # **Soft Q-learning** learns from any data: here texts drawn evenly, never its own. The policy's logits are the values:
 # $Q = V + \beta \log(\pi / \pi_{ref})$, and $V$ is $\beta$ times a log-partition.
+
 
 # %%
 def soft_evaluate(params, inputs):

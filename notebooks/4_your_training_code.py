@@ -24,7 +24,9 @@ import sys
 
 SOURCE = "git+https://github.com/rlhfjax/rlhfjax"
 if importlib.util.find_spec("rlhfjax") is None:  # on Colab, say; the JAX that is there stays
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"rlhfjax[plot,text] @ {SOURCE}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", f"rlhfjax[plot,text] @ {SOURCE}"], check=True
+    )
 
 import jax
 
@@ -62,6 +64,7 @@ def pay(x_BF, action_BT):
 # Whatever the network is, `forward(params, x)` gives logits and a value. `evaluate` makes of them what PPO reads: the
 # log-probability of the actions that were taken, the entropy, the value; each of the shape of the actions, here [B, 1]: one
 # decision in an episode.
+
 
 # %%
 def make_evaluate(forward):
@@ -152,7 +155,8 @@ else:
         def __init__(self, key):
             keys = jax.random.split(key, 3)
             self.trunk, self.policy, self.value = (
-                eqx.nn.Linear(size, out, key=k) for size, out, k in zip((4, 32, 32), (32, ACTIONS, 1), keys, strict=True)
+                eqx.nn.Linear(size, out, key=k)
+                for size, out, k in zip((4, 32, 32), (32, ACTIONS, 1), keys, strict=True)
             )
 
         def __call__(self, x):
@@ -173,6 +177,7 @@ else:
 # ## Bare arrays
 #
 # Parameters are any tree of arrays.
+
 
 # %%
 def bare_forward(params, x_BF):
@@ -209,9 +214,16 @@ evaluate = make_evaluate(bare_forward)
 logp, _, value = evaluate(bare_state.params, (x_BF, action_BT))
 paid = pay(x_BF, action_BT)
 sample = ppo.Sample(
-    inputs=(x_BF, action_BT), logp=logp, value=value, advantage=paid - value, returns=paid, mask=jnp.ones(logp.shape, bool)
+    inputs=(x_BF, action_BT),
+    logp=logp,
+    value=value,
+    advantage=paid - value,
+    returns=paid,
+    mask=jnp.ones(logp.shape, bool),
 )
-gradient, sums = jax.grad(ppo.loss, has_aux=True)(bare_state.params, sample, evaluate=evaluate, config=SETTINGS)
+gradient, sums = jax.grad(ppo.loss, has_aux=True)(
+    bare_state.params, sample, evaluate=evaluate, config=SETTINGS
+)
 print({name: f"{x:.3f}" for name, x in sums.items()})
 print(jax.tree.map(jnp.shape, gradient))
 

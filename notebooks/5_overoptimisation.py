@@ -24,7 +24,9 @@ import sys
 
 SOURCE = "git+https://github.com/rlhfjax/rlhfjax"
 if importlib.util.find_spec("rlhfjax") is None:  # on Colab, say; the JAX that is there stays
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"rlhfjax[plot,text] @ {SOURCE}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", f"rlhfjax[plot,text] @ {SOURCE}"], check=True
+    )
 
 import jax
 
@@ -89,7 +91,11 @@ def best_of_each(logp_N, score_N, counts):
 
 def measure(logp_PN, proxy_N):  # KL, proxy and gold of P policies
     kl = np.maximum(enumerable.kl(logp_PN, logp_ref_N[None]), 0.0)
-    return kl, enumerable.expected_reward(logp_PN, proxy_N[None]), enumerable.expected_reward(logp_PN, gold_N[None])
+    return (
+        kl,
+        enumerable.expected_reward(logp_PN, proxy_N[None]),
+        enumerable.expected_reward(logp_PN, gold_N[None]),
+    )
 
 
 best_of_n = {}
@@ -120,7 +126,10 @@ for axes, name in zip(panels, proxies, strict=True):
         kl, proxy, gold = found[name]
         axes.plot(np.sqrt(kl), proxy, marker=marker, markersize=3, linestyle="--", label=f"{label}: proxy")
         axes.plot(np.sqrt(kl), gold, marker=marker, markersize=3, label=f"{label}: gold")
-    axes.set(xlabel="square root of KL, nats", title=f"proxy: gold and {name}" if name == "noise" else "proxy: style")
+    axes.set(
+        xlabel="square root of KL, nats",
+        title=f"proxy: gold and {name}" if name == "noise" else "proxy: style",
+    )
 panels[0].set_ylabel("standard deviations")
 panels[0].legend()
 plt.show()
@@ -206,7 +215,9 @@ def train(beta):
         index_BG = enumerable.sample(key_sample, logp_N, (64, 8))
         inputs = enumerable.rows(texts, index_BG)
         logp, logp_ref = evaluate(state.params, inputs)[0], evaluate(reference, inputs)[0]
-        return algorithm.update(state, grpo.Rollout(inputs, logp, logp_ref, proxy[index_BG], inputs.mask), key_update)
+        return algorithm.update(
+            state, grpo.Rollout(inputs, logp, logp_ref, proxy[index_BG], inputs.mask), key_update
+        )
 
     state, _ = jax.lax.scan(iterate, algorithm.init(reference), jax.random.split(jax.random.key(1), STEPS))
     return state.params["logits"]

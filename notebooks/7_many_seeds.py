@@ -23,7 +23,9 @@ import sys
 
 SOURCE = "git+https://github.com/rlhfjax/rlhfjax"
 if importlib.util.find_spec("rlhfjax") is None:  # on Colab, say; the JAX that is there stays
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", f"rlhfjax[plot,text] @ {SOURCE}"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", f"rlhfjax[plot,text] @ {SOURCE}"], check=True
+    )
 
 import jax
 
@@ -63,13 +65,19 @@ print(ITERATIONS, "iterations of", settings.worlds, "worlds and", settings.steps
 one_seed = jax.jit(lambda key: train(training, key, ITERATIONS))
 began = time.perf_counter()
 run, metrics = jax.block_until_ready(one_seed(jax.random.key(0)))
-print(f"one seed:  {time.perf_counter() - began:.1f} s with compilation, return", metrics["episode/return"].shape)
+print(
+    f"one seed:  {time.perf_counter() - began:.1f} s with compilation, return",
+    metrics["episode/return"].shape,
+)
 
 eight_seeds = jax.jit(jax.vmap(lambda key: train(training, key, ITERATIONS)))
 keys = jax.random.split(jax.random.key(0), SEEDS)
 began = time.perf_counter()
 runs, metrics = jax.block_until_ready(eight_seeds(keys))
-print(f"all seeds: {time.perf_counter() - began:.1f} s with compilation, return", metrics["episode/return"].shape)
+print(
+    f"all seeds: {time.perf_counter() - began:.1f} s with compilation, return",
+    metrics["episode/return"].shape,
+)
 print({"parameters": jax.tree.map(jnp.shape, runs.learner.params)})
 
 # %% [markdown]
@@ -95,7 +103,10 @@ POINTS = 20
 
 
 def curve(metrics):  # [seeds, iterations] -> steps [points], return [seeds, points]
-    parts = [np.array_split(np.asarray(metrics[name]), POINTS, axis=1) for name in ("episode/return", "episode/count")]
+    parts = [
+        np.array_split(np.asarray(metrics[name]), POINTS, axis=1)
+        for name in ("episode/return", "episode/count")
+    ]
     mean = [np.sum(x * n, axis=1) / np.maximum(np.sum(n, axis=1), 1) for x, n in zip(*parts, strict=True)]
     return (1 + np.arange(POINTS)) * ENVIRONMENT_STEPS / POINTS, np.stack(mean, axis=1)
 
@@ -107,7 +118,9 @@ print("last stretch:", intervals[-1])
 figure, axes = plt.subplots(figsize=(6, 3.6), dpi=70, layout="constrained")
 axes.plot(steps, return_SP.T, color="grey", linewidth=0.6)
 axes.plot(steps, [x.value for x in intervals], label="mean")
-axes.fill_between(steps, [x.low for x in intervals], [x.high for x in intervals], alpha=0.3, label="95 % interval")
+axes.fill_between(
+    steps, [x.low for x in intervals], [x.high for x in intervals], alpha=0.3, label="95 % interval"
+)
 axes.set(xlabel="environment steps", ylabel="return", title=f"PPO on CartPole, {SEEDS} seeds")
 axes.legend()
 plt.show()
@@ -115,6 +128,7 @@ plt.show()
 
 # %% [markdown]
 # A curve of training is of the policy that explores. What was learnt is the greedy policy: `play` gives it whole episodes.
+
 
 # %%
 @jax.jit
@@ -134,6 +148,7 @@ print("mean", bootstrap_interval(np.asarray(greedy_S), seed=0))
 # Floats of a configuration may be traced. Build the training inside the function, of the number that you are given. Three step
 # sizes and eight seeds are 24 runs in one program. (What gives arrays their shapes, such as the number of worlds, cannot be
 # swept so: it needs a program each.)
+
 
 # %%
 def run_with(learning_rate, key):

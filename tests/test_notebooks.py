@@ -1,0 +1,122 @@
+"""The notebooks: each runs in a process of its own and finds what it says, and its two files agree."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+REPOSITORY = "https://github.com/rlhfjax/rlhfjax"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
+# Smaller numbers for the tests: what is written in the notebook -> what is run.
+SMALLER = {
+    "1_rlhf_in_ten_minutes": {
+        "SFT_STEPS = 60": "SFT_STEPS = 2",
+        "JUDGED, HELDOUT = 512, 128": "JUDGED, HELDOUT = 64, 16",
+        "REWARD_STEPS = 24": "REWARD_STEPS = 2",
+        "PPO_STEPS = 20": "PPO_STEPS = 2",
+        "TESTED = 128": "TESTED = 8",
+    },
+    "7_many_seeds": {"48_000, 8": "12_000, 2", "POINTS = 20": "POINTS = 4"},
+}
+
+
+def cells_of_script(name: str) -> list[tuple[str, str]]:
+    """(kind, text) of each cell of the percent script; the marks of comment are taken off Markdown."""
+    body = (NOTEBOOKS / f"{name}.py").read_text().split("\n# ---\n", 1)[1]
+    found = []
+    for part in re.split(r"^# %%", body, flags=re.MULTILINE)[1:]:
+        kind, _, text = part.partition("\n")
+        if "[markdown]" in kind:
+            lines = [re.sub(r"^# ?", "", line) for line in text.strip().splitlines()]
+            found.append(("markdown", "\n".join(lines)))
+        else:
+            found.append(("code", text.strip()))
+    return found
+
+
+def test_there_are_notebooks():
+    assert len(NAMES) >= 5 and set(SMALLER) <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_script_and_notebook_agree(name):
+    """Outputs aside, cell by cell."""
+    notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())
+    cells = [(cell["cell_type"], "".join(cell["source"]).strip()) for cell in notebook["cells"]]
+    assert cells == cells_of_script(name), f"run: jupytext --sync notebooks/{name}.py"
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < 250_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_form_of_a_notebook(name):
+    """One title, the badge of this notebook, the first cell that all share, and links that lead somewhere."""
+    cells = cells_of_script(name)
+    words = "\n".join(text for kind, text in cells if kind == "markdown")
+    assert len(re.findall(r"^# ", words, re.MULTILINE)) == 1 and words.startswith("# ")
+    assert f"colab.research.google.com/github/rlhfjax/rlhfjax/blob/main/notebooks/{name}.ipynb" in words
+    assert "## What to try next" in words
+    first = next(text for kind, text in cells if kind == "code")
+    assert first == next(text for kind, text in cells_of_script(NAMES[0]) if kind == "code")
+    assert f"git+{REPOSITORY}" in first and "jax" not in re.findall(r'"-q", f?"(\w+)', first)
+    targets = re.findall(rf"{REPOSITORY}/blob/main/([\w./-]+)", words)
+    assert targets and all((ROOT / target).is_file() for target in targets)
+
+
+def run(name: str) -> str:
+    """What the notebook prints, run in a fresh process with the smaller numbers."""
+    text = (NOTEBOOKS / f"{name}.py").read_text()
+    for given, smaller in SMALLER.get(name, {}).items():
+        assert text.count(given) == 1, f"{name}: {given!r} is to be there once"
+        text = text.replace(given, smaller)
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        cwd=NOTEBOOKS,
+        env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [x for x in NAMES if x[0] in "127"])
+def test_notebook_runs(name):
+    assert "JAX" in run(name)
+
+
+@pytest.mark.slow
+def test_methods_meet_at_the_optimum():
+    printed = run("3_one_optimum")
+    distance = dict(re.findall(r"([\w ]+): total variation [\d.]+ -> ([\d.]+)", printed))
+    assert len(distance) == 3 and all(float(x) < 2e-3 for x in distance.values())
+    values = [float(x) for x in re.findall(r"(?:V of the empty text|J\*) +([\d.]+)", printed)]
+    assert len(values) == 3 and max(values) - min(values) < 5e-3
+
+
+@pytest.mark.slow
+def test_three_networks_learn_by_one_update():
+    pytest.importorskip("equinox")
+    printed = run("4_your_training_code")
+    found = re.findall(r"reward ([\d.]+) -> ([\d.]+) of 1; logp_gap (\S+)", printed)
+    assert len(found) == 3
+    assert all(float(first) < 0.6 and float(last) > 0.85 and float(gap) < 1e-5 for first, last, gap in found)
+
+
+@pytest.mark.slow
+def test_the_habit_turns_gold_and_noise_does_not():
+    printed = run("5_overoptimisation")
+    turned = dict(re.findall(r"^((?:best_of_n|rl) +\w+): .*; gold (has not|was)", printed, re.MULTILINE))
+    assert {" ".join(name.split()): how for name, how in turned.items()} == {
+        "best_of_n noise": "has not",
+        "best_of_n style": "was",
+        "rl noise": "has not",
+        "rl style": "was",
+    }
