@@ -1,6 +1,7 @@
 """Spoilt files, hostile ones, and what the source may call: nothing that is read is run. More: tests/reliability.py."""
 
 import ast
+import json
 import struct
 from pathlib import Path
 
@@ -120,6 +121,16 @@ def test_a_header_that_claims_more_than_there_is(length, tmp_path):
                 assert "m.gguf" in str(error)
             else:
                 assert length == 0 and len(found.tensors) <= 1
+
+
+@pytest.mark.parametrize("layers", [10**20, "2", 0, True, {"a": 1}])
+def test_sizes_that_no_model_has(layers, tmp_path):
+    (tmp_path / "model").mkdir()
+    reliable_inputs.targets()["model: config.json"].write(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": layers}))
+    with reliable_inputs.limit(10), pytest.raises(ValueError, match="config.json: layers is"):
+        load_pretrained(tmp_path / "model")
 
 
 # ----------------------------------------------------------------------------------------------- what is never called
