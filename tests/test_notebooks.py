@@ -16,9 +16,9 @@ NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
 # Smaller numbers for the tests: what is written in the notebook -> what is run.
 SMALLER = {
     "1_rlhf_in_ten_minutes": {
-        "SFT_STEPS = 60": "SFT_STEPS = 2",
+        "SFT_STEPS = 60": "SFT_STEPS = 6",
         "JUDGED, HELDOUT = 512, 128": "JUDGED, HELDOUT = 64, 16",
-        "REWARD_STEPS = 24": "REWARD_STEPS = 2",
+        "REWARD_STEPS = 24": "REWARD_STEPS = 5",
         "PPO_STEPS = 20": "PPO_STEPS = 2",
         "TESTED = 128": "TESTED = 8",
     },
