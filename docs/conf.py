@@ -40,8 +40,6 @@ html_show_sourcelink = False
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # tests run the code of the pages
-if importlib.util.find_spec("jupytext"):
-    nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 
 highlight_language = "text"
 default_role = "code"
@@ -67,9 +65,8 @@ def generate(app, config):
     made = {f"api/{name}.rst": text for name, text in api_pages.pages().items()}
     for name, page in INCLUDED.items():
         made[f"{page}.md"] = to_site((ROOT / name).read_text(), ROOT / name)
-    for path in sorted((ROOT / "notebooks").glob("*")):
-        if path.suffix in (".ipynb", ".md", ".py"):
-            made[f"notebooks/{path.name}"] = to_site(path.read_text(), path)
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        made[f"notebooks/{path.name}"] = to_site(path.read_text(), path)
     for path in GENERATED.rglob("*.*"):
         if path.relative_to(GENERATED).as_posix() not in made:
             path.unlink()

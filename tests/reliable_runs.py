@@ -110,7 +110,7 @@ def kills(make: Any, folder: Path, cases: int, seed: int, *, at_most: int = 4) -
             time.sleep(seconds * (0.4 + 0.6 * generator.random()))
             child.send_signal(signal.SIGKILL)
             _, error = child.communicate()
-            assert child.returncode in (0, -signal.SIGKILL), error.decode()
+            assert child.returncode in (0, -signal.SIGKILL), error
             if child.returncode == 0:
                 break
             lines = (

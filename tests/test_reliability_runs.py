@@ -31,7 +31,7 @@ def test_another_bit_in_a_final_state_is_seen(tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / file).write_text("{}\n")
         with reliable_runs.Checkpoints(tmp_path / name / "checkpoints" / "ppo") as checkpoints:
-            checkpoints.save(3, {"w": np.float32([1.0, 1.0 + changed])})
+            checkpoints.save(3, {"w": np.array([1.0, 1.0 + changed], np.float32)})
     reliable_runs.same(tmp_path / "one", tmp_path / "one")
     with pytest.raises(AssertionError, match="'w'.* differs"):
         reliable_runs.same(tmp_path / "one", tmp_path / "other")
