@@ -422,5 +422,5 @@ def _load_arrays(path: Path, note: Callable[[str], None]) -> dict[str, np.ndarra
     try:
         return read_arrays(path)
     except (ValueError, OSError) as error:
-        note(f"warning: {error}; computing it again")
+        note(f"warning: {path} is damaged ({error.__cause__ or error}); computing it again")
         return None
