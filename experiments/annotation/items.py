@@ -99,7 +99,7 @@ def _texts_of_run(run: Path, stage: str) -> tuple[list[str], list[str], np.ndarr
     if not path.is_file():
         there = sorted(x.stem for x in (run / "arrays").glob("*.npz"))
         raise ValueError(
-            f"{run} has no texts of a stage {stage!r} ({path} is not there; there are {there}): end the run, or choose "
+            f"{run} has no texts of a stage {stage!r} ({path} is not there; there are: {', '.join(there) or 'none'}): end the run, or choose "
             "another --stage"
         )
     arrays = read_arrays(path)
