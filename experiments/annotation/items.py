@@ -97,10 +97,10 @@ def as_gold(items: Sequence[Item], gold: Sequence[Item]) -> tuple[list[Item], li
 def _texts_of_run(run: Path, stage: str) -> tuple[list[str], list[str], np.ndarray]:
     path = run / "arrays" / f"{stage}.npz"
     if not path.is_file():
-        there = sorted(x.stem for x in (run / "arrays").glob("*.npz"))
+        there = ", ".join(sorted(x.stem for x in (run / "arrays").glob("*.npz"))) or "none"
         raise ValueError(
-            f"{run} has no texts of a stage {stage!r} ({path} is not there; there are: {', '.join(there) or 'none'}): end the run, or choose "
-            "another --stage"
+            f"{run} has no texts of a stage {stage!r} ({path} is not there; there are: {there}): end the run, or "
+            "choose another --stage"
         )
     arrays = read_arrays(path)
     if "prompt" not in arrays or "texts" not in arrays:
