@@ -86,6 +86,19 @@ def test_notebook_runs(name):
 
 
 @pytest.mark.slow
+def test_rlhf_leads_to_better_summaries():
+    """Run whole: with fewer labels or steps the effect does not stand out from the noise."""
+    printed = run("1_rlhf_in_ten_minutes")
+    percent = {what: int(x) for what, x in re.findall(r"(guesser|right about)\D*?(\d+)%", printed)}
+    assert 54 <= percent["right about"] < percent["guesser"] < 90
+    reward = [float(x) for x in re.findall(r"reward (-?[\d.]+)", printed)]
+    kl = [float(x) for x in re.findall(r"KL ([\d.]+)", printed)]
+    assert reward[-1] > reward[0] + 0.2 and 1 < kl[-1] < 8
+    low, high = map(float, re.search(r"PPO less fine-tuned: .*\[(\S+), (\S+)\]", printed).groups())
+    assert 0 < low < high
+
+
+@pytest.mark.slow
 def test_methods_meet_at_the_optimum():
     printed = run("3_one_optimum")
     distance = dict(re.findall(r"([\w ]+): total variation [\d.]+ -> ([\d.]+)", printed))
