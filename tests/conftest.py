@@ -6,12 +6,14 @@ is exercised on any machine), and an error wherever two arrays of unequal rank w
 
 import os
 import zlib
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["RLHFJAX_CACHE_DIR"] = ""  # experiments keep their compiled programs where the other tests do
 
 import jax
 import pytest
+from metric_table import unlisted
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -56,6 +58,14 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _metrics_are_listed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """At the end: docs/metrics.md has every metric that a run of an experiment has logged in a folder of the tests."""
+    yield
+    missing = sorted(set(unlisted(tmp_path_factory.getbasetemp())))
+    assert not missing, "metrics that no table of docs/metrics.md has:\n" + "\n".join(missing)
 
 
 @pytest.fixture
