@@ -10,6 +10,7 @@
     checkpoints/STAGE/ the state of each stage
     profile/STAGE/     traces of `--profile`, for TensorBoard or Perfetto
     tracked/NAME.jsonl what a tracker has been sent, so that nothing is sent twice
+    .lock              empty; held by the process that works in the folder
 
 `metrics.jsonl` and `samples.jsonl` of a run that was killed and resumed equal, byte for byte, those of one
 never stopped: lines are appended whole, a half-written last line is repaired when the folder is opened, and
@@ -233,7 +234,8 @@ def lock(path: Path) -> Iterator[None]:
     """
     import fcntl  # POSIX only, as is the runner
 
-    with open(path / "config.yaml", "r+b") as file:  # over NFS only what may be written may be locked
+    # A file of its own: an editor that saves config.yaml puts another file in its place, which nobody has locked.
+    with open(path / ".lock", "a+b") as file:  # over NFS only what may be written may be locked
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

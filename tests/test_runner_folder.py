@@ -178,6 +178,10 @@ def test_one_process_works_in_a_folder_at_a_time(tmp_path):
 
     with run_folder.lock(folder.path):
         assert "another process is working in" in other().stderr
+        saved = folder.path / "saved"  # as an editor saves: another file takes the name
+        saved.write_text((folder.path / "config.yaml").read_text())
+        saved.replace(folder.path / "config.yaml")
+        assert "another process is working in" in other().stderr
     assert other().returncode == 0
 
 
