@@ -73,6 +73,26 @@ def test_one_run_has_the_interval_of_its_items_and_no_band(runs: Path):
     )
 
 
+def test_numbers_with_ends_are_one_row_and_labels_tell_settings_of_one_name_apart(tmp_path: Path):
+    numbers = {
+        "a/value": 1.0,
+        "a/low": 0.5,
+        "a/high": 1.5,
+        "b": 2.0,
+        "b, low": 1.0,
+        "b, high": 3.0,
+        "c/low": 4.0,
+    }
+    for name, steps in (("x", 1), ("y", 2)):
+        config = {"experiment": "length", "seed": 0, "ppo": {"steps": steps}, "sft": {"steps": 3 - steps}}
+        run = create(tmp_path / name, write_yaml(config), experiment="length", seed=0, exact=True)
+        run.log_metrics("ppo", 1, {"gold": 1.0})
+        run.write_summary(numbers)
+    first, second = group_runs(read_runs([tmp_path]))
+    assert final_numbers(first) == {"a": Interval(1.0, 0.5, 1.5), "b": Interval(2.0, 1.0, 3.0), "c/low": 4.0}
+    assert (first.label, second.label) == ("ppo.steps 1, sft.steps 2", "ppo.steps 2, sft.steps 1")
+
+
 def test_a_seed_that_stopped_early_counts_as_far_as_it_goes(runs: Path):
     file = runs / "b0.1-s1" / "metrics.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:1]))
@@ -96,7 +116,10 @@ def test_the_page_has_what_differs_and_texts_as_texts(runs: Path):
     page = comparison_html(read_runs([runs]))
     points, shown, samples = data_of(page)
     assert [point["group"] for point in points["points"]] == ["kl_coefficient 0.1", "kl_coefficient 0.3"]
-    assert [curve["label"] for curve in shown["ppo"]] == ["kl_coefficient 0.1", "kl_coefficient 0.3"]
+    assert [curve["label"] for curve in shown["stages"]["ppo"]] == [
+        "kl_coefficient 0.1",
+        "kl_coefficient 0.3",
+    ]
     assert len(samples["sources"]) == 4 and samples["sources"][0]["texts"] == {"0": "<b>0</b> & 0.1"}
     assert "<b>" not in page and "4 runs, 2 settings" in page
     assert "ppo.algorithm.kl_coefficient" in page and ">words<" not in page
@@ -155,6 +178,11 @@ def test_what_is_broken_is_told_and_the_rest_is_shown(runs: Path, capsys):
     ):
         assert words in page and words in said
     assert "The runs are of different experiments" in page and "6 runs are compared" in said
+
+
+def test_one_run_is_compared(runs: Path, capsys):
+    assert command.main([str(runs / "b0.1-s0"), "--out", str(runs / "page.html")]) == 0
+    assert "1 run is compared in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

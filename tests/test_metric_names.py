@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from metric_table import PACKAGE, ROOT, STAGES, as_pattern, listed, table, unlisted
+from metric_table import PACKAGE, PLACEHOLDER, ROOT, STAGES, as_pattern, listed, table, unlisted
 
 from rlhfjax.algorithms import grpo, ppo
 from rlhfjax.config import GRPO, PPO
+from rlhfjax.report.units import UNITS, unit_of
 
 NAME = re.compile(r"[a-z_]+/[a-z_0-9]+")
 WITHIN = {"policy/logp_gap_max", "score/mean_square"}  # sums on the way to a metric, taken out by the update
@@ -165,6 +166,14 @@ def test_a_name_that_no_table_has_is_found_in_a_log(tmp_path):
     assert listed("validation", "ppo, greedy/gold") and not listed("ppo", "run_3")
     (tmp_path / "config.yaml").write_text("experiment: one_of_a_test\n")
     assert not list(unlisted(tmp_path))
+
+
+def test_the_units_on_axes_are_those_of_the_tables():
+    rows = [row for row in (*table(PACKAGE), *table(STAGES)) if not PLACEHOLDER.search(row["name"])]
+    own = re.compile(r".*score units.*|gold's own|")  # no two rewards have the same
+    assert {row["name"]: row["unit"] for row in rows if not own.fullmatch(row["unit"])} == UNITS
+    assert unit_of("labels_25/reward/loss") == "nats a pair"
+    assert unit_of("objective/kl/run_3") == "nats a sequence" and unit_of("objective/score") is None
 
 
 def update_metrics(name: str) -> set[str]:

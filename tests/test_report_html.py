@@ -128,8 +128,9 @@ def test_the_data_of_the_views_is_what_was_logged(folder: Path):
         block for block in blocks if set("<>&") & set(block)
     ]  # nothing that a browser reads as markup
     curves, samples = map(json.loads, blocks)
-    (ppo,) = curves.pop("ppo")
-    assert curves == {}  # a stage of one step has no curve
+    (ppo,) = curves["stages"].pop("ppo")
+    assert curves["stages"] == {}  # a stage of one step has no curve
+    assert curves["units"] == {"policy/entropy": "nats an action"}
     assert ppo["step"] == [1, 2, 3] and ppo["values"]["policy/entropy"] == [1.5, None, 1.5]
     assert ppo["values"]["perf/seconds"] == [0.5] * 3
     assert samples["prompts"] == ["a prompt"]
@@ -146,6 +147,18 @@ def test_long_curves_are_thinned_to_their_end():
     (curve,) = logs.curves(lines)["a"]
     assert curve["step"] == [*range(1, 1001, 3), 1001][: len(curve["step"])] and curve["step"][-1] == 1001
     assert len(curve["step"]) <= logs.POINTS + 1 and curve["values"]["x"] == [float(x) for x in curve["step"]]
+
+
+def test_steps_of_a_world_are_added_up():
+    rows = [
+        {"stage": stage, "step": 1, "environment_steps": n} for stage, n in (("a", 5), ("b", 1), ("a", 7))
+    ]
+    found = [
+        row[logs.SO_FAR]
+        for row in logs.with_perf([*rows, {"stage": "a", "step": 9}], [])
+        if logs.SO_FAR in row
+    ]
+    assert found == [5, 1, 12]
 
 
 def test_a_broken_line_is_told_and_left_out(tmp_path: Path):
@@ -191,7 +204,7 @@ def test_the_functions_of_the_script():
     const found = page.wordDifference(left, right);
     const cells = ["b", "-2.5", "", "10 [9, 11]", "1,200", "a"];
     console.log(JSON.stringify({{
-      whole: [text(["same", "left"], found) === left, text(["same", "right"], found) === right],
+      both: [text(["same", "left"], found) === left, text(["same", "right"], found) === right],
       only: [text(["left"], found), text(["right"], found)],
       same: page.wordDifference("x y", "x y"),
       up: [...cells].sort((a, b) => page.compareCells(a, b, 1)),
@@ -200,12 +213,25 @@ def test_the_functions_of_the_script():
       range: page.range([null, 1, 3]),
       smoothed: page.smoothed([1, null, 3, 5], 3),
       nearest: page.nearest([null, 1, 2, 5], 3),
+      stretches: page.stretches([1, 2, 3, null, 5], [1, null, 3, 4, 5]),
+      labels: [[0, 0.5, 1], [1e6, 2e6], [1e9, 1e9 + 1], [0, 1.5e-5], [3]].map(page.tickLabels),
+      whole: page.ticks(1, 3, 9, 1),
+      format: [-0.4375, 1234.567, 12345.67, 1234567, 0, null].map(page.format),
     }}));"""
     run = subprocess.run([node(), "-e", script], capture_output=True, text=True, check=True)
     found = json.loads(run.stdout)
-    assert found["whole"] == [True, True] and found["only"] == ["small ", " for mail"]
+    assert found["both"] == [True, True] and found["only"] == ["small ", " for mail"]
     assert found["same"] == [["same", "x y"]]
     assert found["up"] == ["-2.5", "10 [9, 11]", "1,200", "a", "b", ""]
     assert found["down"] == ["1,200", "10 [9, 11]", "-2.5", "b", "a", ""]
     assert found["ticks"] == [0, 0.2, 0.4, 0.6, 0.8, 1] and found["range"] == [0.9, 3.1]
+    assert found["whole"] == [1, 2, 3] and found["stretches"] == [[0], [2], [4]]
+    assert found["labels"] == [
+        ["0.0", "0.5", "1.0"],
+        ["1M", "2M"],
+        ["1,000,000,000", "1,000,000,001"],
+        ["0", "1.5e-5"],
+        ["3"],
+    ]
+    assert found["format"] == ["-0.4375", "1235", "12,346", "1,234,567", "0", "none"]
     assert found["smoothed"] == [1, None, 4, 4] and found["nearest"] == 2

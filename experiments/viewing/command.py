@@ -44,5 +44,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in runs:
         for problem in run.problems:
             print(f"note: {run.name}: {problem}")
-    print(f"{len(runs)} runs are compared in {options.out}")
+    print(f"{len(runs)} {'run is' if len(runs) == 1 else 'runs are'} compared in {options.out}")
     return 0

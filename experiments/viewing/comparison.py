@@ -10,8 +10,9 @@ from experiments.viewing.groups import Group, curves, final_numbers, frontier, g
 from experiments.viewing.runs import Run, members
 from rlhfjax.report import Section, Table
 from rlhfjax.report.html import Part, data_html, escape, page, section_html, table_html
-from rlhfjax.report.logs import sample_data, samples
+from rlhfjax.report.logs import curve_data, sample_data, samples
 
+MOST = 30  # final numbers that are shown at once
 OVER_SEEDS = (
     "Where runs differ in the seed only: their mean, and its 95 % bootstrap interval over seeds. With two or three "
     "seeds that is hardly more than the range of the runs."
@@ -24,8 +25,8 @@ def comparison_html(runs: Sequence[Run]) -> str:
     parts = [
         _part(_runs_section(runs)),
         _part(_settings_section(groups)),
-        *(_part(section) for section in _final_sections(groups)),
         *_frontier_parts(groups),
+        *_final_parts(groups),
         *_curve_parts(groups),
         *_last_parts(groups),
         *_sample_parts(runs),
@@ -72,14 +73,19 @@ def _seeds(groups: Sequence[Group]) -> str:
     return "; ".join(group.seeds for group in groups)
 
 
-def _final_sections(groups: Sequence[Group]) -> list[Section]:
+def _final_parts(groups: Sequence[Group]) -> list[Part]:
     found = [final_numbers(group) for group in groups]
     names = list(dict.fromkeys(name for numbers in found for name in numbers))
     if not names:
-        return [Section("Final numbers", "No run has finished: there is no summary.json yet.")]
+        return [_part(Section("Final numbers", "No run has finished: there is no summary.json yet."))]
     rows = [[name, *(numbers.get(name) for numbers in found)] for name in names]
     header = ["number", *(f"{group.label} (seed {group.seeds})" for group in groups)]
-    return [Section("Final numbers", OVER_SEEDS, Table(header, rows))]
+    first = _part(Section("Final numbers", OVER_SEEDS, Table(header, rows[:MOST])))
+    if not rows[MOST:]:
+        return [first]
+    more = table_html(Table(header, rows[MOST:]), "More final numbers")
+    summary = f"{_count(len(rows) - MOST, 'number')} more"
+    return [Part(first.title, f"{first.html}\n<details><summary>{summary}</summary>\n{more}\n</details>")]
 
 
 def _frontier_parts(groups: Sequence[Group]) -> list[Part]:
@@ -91,14 +97,14 @@ def _frontier_parts(groups: Sequence[Group]) -> list[Part]:
             points.append(
                 {
                     "group": group.label,
-                    "label": f"{group.label}: {policy}",
+                    "label": policy,
                     "x": kl,
                     "y": gold.value,
                     "low": gold.low if known else None,
                     "high": gold.high if known else None,
                 }
             )
-            rows.append([policy, group.label, f"{kl + 0.0:.3g}", gold])
+            rows.append([policy, group.label, f"{round(kl, 4) + 0.0:.3g}", gold])
     if not points:
         return []
     caption = "Gold score against KL from the policy that each started from, with the intervals of the table."
@@ -117,7 +123,7 @@ def _curve_parts(groups: Sequence[Group]) -> list[Part]:
     caption = (
         "Means over seeds; the band is the 95 % bootstrap interval of the mean. A single run has no band."
     )
-    return [Part("Curves", data_html("curves", found, caption))]
+    return [Part("Curves", data_html("curves", curve_data(found), caption))]
 
 
 def _last_parts(groups: Sequence[Group]) -> list[Part]:

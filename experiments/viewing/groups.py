@@ -1,6 +1,6 @@
 """Runs that differ in the seed only, put together: curves with bands, numbers with intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,21 +72,23 @@ def curves(group: Group) -> dict[str, dict[str, Any]]:
 def final_numbers(group: Group) -> dict[str, Interval | float]:
     """Name -> number of the runs' summaries; over several seeds the mean, with its interval.
 
-    Of one run the interval is the summary's own (NAME_low, NAME_high), over items, if it has one.
+    Of one run the interval is the summary's own (NAME_low, NAME_high and the like), over items, if it has one.
     """
     summaries = [run.summary for run in group.runs if run.summary]
     names = dict.fromkeys(name for summary in summaries for name in summary)
-    ends = {name for name in names if name.endswith(("_low", "_high")) and name.rsplit("_", 1)[0] in names}
+    ends = {name: _ends(name, names) for name in names}
+    are_ends = {end for pair in ends.values() for end in pair}
     found: dict[str, Interval | float] = {}
-    for name in (name for name in names if name not in ends):
+    for name in (name for name in names if name not in are_ends):
         values = [summary[name] for summary in summaries if name in summary]
-        own = [summaries[0].get(f"{name}_{end}") for end in ("low", "high")]
+        own = [summaries[0][end] for end in ends[name] if end in summaries[0]]
+        shown = name.removesuffix("/value") if ends[name] else name
         if len(values) > 1:
-            found[name] = bootstrap_interval(values, 0, resamples=RESAMPLES)
-        elif own[0] is not None and own[1] is not None:
-            found[name] = Interval(values[0], own[0], own[1])
+            found[shown] = bootstrap_interval(values, 0, resamples=RESAMPLES)
+        elif len(own) == 2:
+            found[shown] = Interval(values[0], *own)
         else:
-            found[name] = values[0]
+            found[shown] = values[0]
     return found
 
 
@@ -163,11 +165,24 @@ def _band(value_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean_T, low_T, high_T
 
 
+def _ends(name: str, names: Container[str]) -> tuple[str, ...]:
+    """What a summary calls the low and the high end of the number's interval; nothing where it has none."""
+    for before in (f"{name}_", f"{name}/", f"{name}, ", f"{name.removesuffix('value')}"):
+        if before != name and f"{before}low" in names and f"{before}high" in names:
+            return f"{before}low", f"{before}high"
+    return ()
+
+
 def _label(experiment: str, runs: Sequence[Run], settings: Mapping[str, Any], groups: int) -> str:
     own = {name: value for name, value in settings.items() if name in runs[0].settings}
     if groups == 1 or not own or len(own) > MANY:
         return f"{experiment}, {runs[0].name}" if groups > 1 else experiment
-    return ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in own.items())
+    last = [name.rsplit(".", 1)[-1] for name in settings]
+    return ", ".join(
+        f"{name if last.count(short) > 1 else short} {value}"
+        for name, value in own.items()
+        if (short := name.rsplit(".", 1)[-1])
+    )
 
 
 def _told_apart(groups: Sequence[Group]) -> list[Group]:

@@ -98,9 +98,10 @@ def table_html(table: Table, caption: str) -> str:
     check_rows(table)
     head = "".join(f'<th scope="col">{escape(cell_text(cell))}</th>' for cell in table.header)
     rows = []
+    room = ' class="long"' if any(_is_long(cell_text(row[0]), 60) for row in table.rows) else ""
     for first, *rest in table.rows:
         cells = "".join(_cell(cell_text(cell)) for cell in rest)
-        rows.append(f'<tr><th scope="row">{escape(cell_text(first))}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row"{room}>{escape(cell_text(first))}</th>{cells}</tr>')
     body = "\n".join(rows)
     return (
         f'<div class="scroll" role="region" aria-label="Table: {escape(caption)}" tabindex="0">\n'
@@ -161,7 +162,13 @@ def escape(text: str) -> str:
 
 def _cell(text: str) -> str:
     number = len(text) < 28 and text.lstrip("+-").startswith(tuple("0123456789."))
-    return f"<td{' class=number' if number else ''}>{escape(text)}</td>"  # of a number no line is broken
+    kind = ' class="number"' if number else ' class="long"' if _is_long(text, 28) else ""
+    return f"<td{kind}>{escape(text)}</td>"  # of a number no line is broken
+
+
+def _is_long(text: str, most: int) -> bool:
+    """Whether a cell's text needs room, or has a word that must be broken."""
+    return len(text) > most or any(len(word) > 24 for word in text.split())
 
 
 def _figure_html(file: Path, caption: str) -> str:
@@ -170,7 +177,8 @@ def _figure_html(file: Path, caption: str) -> str:
     words = escape(caption)
     alternative = words.replace("<br>", " ")
     return (
-        f'<figure class="picture"><img src="data:{kind};base64,{data}" alt="{alternative}">'
+        f'<figure class="picture"><div class="scroll" role="region" aria-label="Figure: {alternative}" tabindex="0">'
+        f'<img src="data:{kind};base64,{data}" alt="{alternative}"></div>'
         f"<figcaption>{words}</figcaption></figure>"
     )
 

@@ -18,6 +18,8 @@ class Interval(NamedTuple):
         if math.isnan(self.low):
             return f"{self.value:.4g} (one item)"
         decimals = _decimals(self.high - self.low)
+        if decimals > 6:
+            return f"{self.value:.2g} [{self.low:.2g}, {self.high:.2g}]"
         return f"{self.value:.{decimals}f} [{self.low:.{decimals}f}, {self.high:.{decimals}f}]"
 
 

@@ -1,16 +1,18 @@
 """What the logs of a run have for a page: curves and samples, thinned to what a browser shows at once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhfjax.report.sections import visible
+from rlhfjax.report.units import unit_of
 
 POINTS = 400  # of a curve
 ROWS = 400  # of samples, the newest
 LONGEST = 4000  # characters of a sample
 NOT_METRICS = ("stage", "step")
+SO_FAR = "environment_steps so far"  # a line of metrics.jsonl has those since the line before
 
 Line = dict[str, Any]
 
@@ -63,13 +65,25 @@ def curves(rows: Sequence[Line], label: str = "") -> dict[str, list[dict[str, An
     return {stage: [_curve(_thinned(lines), label)] for stage, lines in by_stage.items() if len(lines) > 1}
 
 
+def curve_data(stages: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The data of a "curves" view: the curves of each stage, and the units of what they show."""
+    names = {name for curves in stages.values() for curve in curves for name in curve["values"]}
+    units = {name: unit for name in sorted(names) if (unit := unit_of(name)) is not None}
+    return {"units": units, "stages": stages}
+
+
 def with_perf(rows: Sequence[Line], perf: Sequence[Line]) -> list[Line]:
-    """The metrics with the measurements of the same stage and step beside them, as "perf/NAME"."""
+    """The metrics with the measurements of the same stage and step beside them, as "perf/NAME", and `SO_FAR`."""
     measured = {(row["stage"], row["step"]): row for row in perf}
-    merged = []
+    merged: list[Line] = []
+    taken: dict[str, float] = {}
     for row in rows:
         more = measured.get((row["stage"], row["step"]), {})
-        merged.append(row | {f"perf/{name}": x for name, x in more.items() if name not in NOT_METRICS})
+        line = row | {f"perf/{name}": x for name, x in more.items() if name not in NOT_METRICS}
+        steps = number(row.get("environment_steps"))
+        if steps is not None:
+            line[SO_FAR] = taken[row["stage"]] = taken.get(row["stage"], 0) + steps
+        merged.append(line)
     return merged
 
 

@@ -8,13 +8,26 @@ const DASHES = ["", "6 4", "2 3", "10 3 2 3"];
 
 function format(value) {
   if (value === null || value === undefined) return "none";
-  if (Number.isInteger(value)) return Math.abs(value) < 1e6 ? String(value) : value.toLocaleString("en");
+  if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
+  if (Math.abs(value) >= 1e4) return Math.round(value).toLocaleString("en");
   return String(Number(value.toPrecision(4)));
 }
 
-// Round numbers that cover [low, high], about `count` of them.
-function ticks(low, high, count) {
-  const rough = (high - low) / Math.max(1, count);
+// Labels of ticks, all with the same number of decimals.
+function tickLabels(values) {
+  const largest = Math.max(...values.map(Math.abs)), step = values.length > 1 ? Math.abs(values[1] - values[0]) : largest || 1;
+  if (largest >= 1e6) {
+    const short = values.map((v) => v.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 4 }));
+    if (new Set(short).size === short.length) return short;
+  }
+  if (step < 1e-4) return values.map((v) => (v === 0 ? "0" : Number(v.toPrecision(6)).toExponential()));
+  const decimals = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  return values.map((v) => v.toLocaleString("en", { minimumFractionDigits: decimals, maximumFractionDigits: decimals }));
+}
+
+// Round numbers that cover [low, high], about `count` of them, at least `least` apart.
+function ticks(low, high, count, least = 0) {
+  const rough = Math.max(least, (high - low) / Math.max(1, count));
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
   const found = [];
@@ -29,6 +42,18 @@ function range(values) {
   if (low > high) return [0, 1];
   const margin = low === high ? Math.abs(low) * 0.1 || 1 : (high - low) * 0.05;
   return [low - margin, high + margin];
+}
+
+// The places of the points that are known, in unbroken stretches: [[0, 1, 2], [5], ...].
+function stretches(...columns) {
+  const found = [];
+  let open = null;
+  columns[0].forEach((_, i) => {
+    if (columns.some((values) => values[i] === null || values[i] === undefined)) { open = null; return; }
+    if (open === null) found.push(open = []);
+    open.push(i);
+  });
+  return found;
 }
 
 // The centred mean of `window` points, at the ends of those that exist; gaps stay gaps.
@@ -105,6 +130,12 @@ function shape(name, attributes, text) {
   return made;
 }
 
+// A phone's bars come and go as one scrolls: only another width needs another drawing.
+function onResize(box, draw) {
+  let width = box.clientWidth;
+  window.addEventListener("resize", () => { if (box.clientWidth !== width) { width = box.clientWidth; draw(); } });
+}
+
 // A labelled choice among [value, words] pairs.
 function choice(label, changed) {
   const select = element("select");
@@ -117,33 +148,37 @@ function choice(label, changed) {
   return { box: element("label", {}, [label, select]), select, offer };
 }
 
-function frameOf(box, xRange, yRange, xName) {
-  const width = Math.max(280, Math.min(1000, box.clientWidth || 700)), height = Math.round(Math.min(360, Math.max(220, width * 0.45)));
-  const [left, right, top, bottom] = [58, width - 12, 10, height - 38];
+// The axes of a plot; `xLeast`: the least distance of ticks on x (1 where x counts).
+function frameOf(box, xRange, yRange, xName, yName, xLeast = 0) {
+  const width = Math.max(280, Math.min(1000, box.clientWidth || 700)), height = Math.round(Math.min(380, Math.max(240, width * 0.45)));
+  const yTicks = ticks(yRange[0], yRange[1], 5), yLabels = tickLabels(yTicks);
+  const xTicks = ticks(xRange[0], xRange[1], width / 110, xLeast), xLabels = tickLabels(xTicks);
+  const [left, right, top, bottom] = [16 + 7 * Math.max(...yLabels.map((label) => label.length)), width - 16, 28, height - 38];
   const x = (v) => left + (v - xRange[0]) / (xRange[1] - xRange[0]) * (right - left);
   const y = (v) => bottom - (v - yRange[0]) / (yRange[1] - yRange[0]) * (bottom - top);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-  for (const t of ticks(yRange[0], yRange[1], 5)) {
+  yTicks.forEach((t, i) => {
     svg.append(shape("line", { class: "grid", x1: left, x2: right, y1: y(t), y2: y(t) }));
-    svg.append(shape("text", { x: left - 6, y: y(t) + 4, "text-anchor": "end" }, format(t)));
-  }
-  for (const t of ticks(xRange[0], xRange[1], width / 110)) {
+    svg.append(shape("text", { x: left - 6, y: y(t) + 4, "text-anchor": "end" }, yLabels[i]));
+  });
+  xTicks.forEach((t, i) => {
     svg.append(shape("line", { class: "grid", x1: x(t), x2: x(t), y1: top, y2: bottom }));
-    svg.append(shape("text", { x: x(t), y: bottom + 16, "text-anchor": "middle" }, format(t)));
-  }
+    svg.append(shape("text", { x: x(t), y: bottom + 16, "text-anchor": "middle" }, xLabels[i]));
+  });
   svg.append(shape("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }));
-  svg.append(shape("text", { x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, xName));
+  svg.append(shape("text", { class: "name", x: (left + right) / 2, y: height - 4, "text-anchor": "middle" }, xName));
+  svg.append(shape("text", { class: "name", x: 4, y: 14 }, yName));
   return { svg, x, y, left, right, top, bottom, width };
 }
 
 function pathOf(xs, ys, frame) {
-  let path = "", pen = false;
-  xs.forEach((x, i) => {
-    if (x === null || x === undefined || ys[i] === null || ys[i] === undefined) { pen = false; return; }
-    path += `${pen ? "L" : "M"}${frame.x(x).toFixed(1)} ${frame.y(ys[i]).toFixed(1)}`;
-    pen = true;
-  });
-  return path;
+  return stretches(xs, ys).map((own) => `M${own.map((i) => `${frame.x(xs[i]).toFixed(1)} ${frame.y(ys[i]).toFixed(1)}`).join("L")}`).join("");
+}
+
+// The area between two curves, one closed piece for each stretch in which both are known.
+function bandOf(xs, lows, highs, frame) {
+  const along = (own, ys) => own.map((i) => `${frame.x(xs[i]).toFixed(1)} ${frame.y(ys[i]).toFixed(1)}`);
+  return stretches(xs, lows, highs).map((own) => `M${[...along(own, highs), ...along([...own].reverse(), lows)].join("L")}Z`).join("");
 }
 
 function legend(labels) {
@@ -163,8 +198,9 @@ function tableOf(header, rows, caption) {
   return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, table);
 }
 
-// data: stage -> curves, each {label, step, values: {metric: numbers}, low?, high?: as values}.
-function curvesView(figure, data) {
+// {units: {metric: its unit}, stages: stage -> curves}, each {label, step, values: {metric: numbers}, low?, high?: as
+// values}.
+function curvesView(figure, { units, stages: data }) {
   const stage = choice("stage", () => { offerMetrics(); draw(); });
   const metric = choice("metric", () => draw());
   const across = choice("against", () => draw());
@@ -174,7 +210,12 @@ function curvesView(figure, data) {
   const more = element("details", {}, [element("summary", {}, "The values as a table"), element("div")]);
   const choices = [stage.box, metric.box, across.box, element("label", { class: "beside" }, [smooth, "smooth"])];
   figure.prepend(element("div", { class: "choices" }, choices), place, element("label", {}, [element("span", { class: "unseen" }, "point to read off"), slider]), told, more);
+  const all = "all stages";  // on one plot, where methods are stages of their own
+  if (Object.keys(data).length > 1) {
+    data = { ...data, [all]: Object.entries(data).flatMap(([name, own]) => own.map((curve) => ({ ...curve, label: curve.label ? `${curve.label}, ${name}` : name }))) };
+  }
   const names = (own) => [...new Set(own.flatMap((curve) => Object.keys(curve.values)))].sort();
+  const withUnit = (name) => (units[name] && !name.endsWith(units[name]) ? `${name} (${units[name]})` : name);
   const preferred = ["objective/score", "objective/reward", "greedy/return", "game/score", "loss/total", "loss/nll"];
   let cursor = () => {};
 
@@ -182,31 +223,31 @@ function curvesView(figure, data) {
     const found = names(data[stage.select.value]), before = metric.select.value;
     metric.offer(found.map((name) => [name, name]));
     if (!found.includes(before)) metric.select.value = preferred.find((name) => found.includes(name)) || found[0];
-    const against = ["objective/kl", "environment_steps", "updates"].filter((name) => found.includes(name));
+    const against = ["objective/kl", "environment_steps so far", "updates"].filter((name) => found.includes(name));
     across.offer([["step", "step"], ...against.map((name) => [name, name])]);
   }
 
   function draw() {
     const name = metric.select.value, xName = across.select.value;
-    const own = data[stage.select.value].filter((curve) => curve.values[name]);
+    const own = data[stage.select.value].filter((curve) => curve.values[name] && (xName === "step" || curve.values[xName]));
     const window = smooth.checked ? Math.max(3, Math.floor(Math.max(...own.map((c) => c.step.length)) / 15) | 1) : 1;
     const lines = own.map((curve) => {
-      const x = xName === "step" ? curve.step : curve.values[xName] || curve.step.map(() => null);
+      const x = xName === "step" ? curve.step : curve.values[xName];
       const pick = (of) => of && of[name] ? smoothed(of[name], window) : null;
       return { label: curve.label, x, step: curve.step, y: smoothed(curve.values[name], window), low: pick(curve.low), high: pick(curve.high) };
     });
     const xs = lines.flatMap((line) => line.x), ys = lines.flatMap((line) => [line.y, line.low || [], line.high || []].flat());
     const xRange = xName === "step" ? [Math.min(...xs), Math.max(Math.max(...xs), Math.min(...xs) + 1)] : range(xs);
-    const frame = frameOf(figure, xRange, range(ys), xName);
+    const frame = frameOf(figure, xRange, range(ys), withUnit(xName), `${stage.select.value}: ${withUnit(name)}`, xName === "step" ? 1 : 0);
     lines.forEach((line, i) => {
       const style = `s${i % STYLES}`;
-      if (line.low) {
-        const back = pathOf([...line.x].reverse(), [...line.low].reverse(), frame).replace(/^M/, "L");
-        frame.svg.append(shape("path", { class: `band ${style}`, d: pathOf(line.x, line.high, frame) + back + "Z" }));
-      }
+      if (line.low) frame.svg.append(shape("path", { class: `band ${style}`, d: bandOf(line.x, line.low, line.high, frame) }));
       frame.svg.append(shape("path", { class: `${style} curve`, d: pathOf(line.x, line.y, frame), "stroke-dasharray": DASHES[Math.floor(i / STYLES) % DASHES.length] }));
     });
-    frame.svg.querySelectorAll(".curve").forEach((path) => { path.style.fill = "none"; });
+    // A value with none beside it has no line to be part of.
+    lines.forEach((line, i) => stretches(line.x, line.y).filter((part) => part.length === 1).forEach(([k]) => {
+      frame.svg.append(shape("circle", { class: `s${i % STYLES} alone`, r: 2.5, cx: frame.x(line.x[k]), cy: frame.y(line.y[k]) }));
+    }));
     const rule = shape("line", { class: "cursor", y1: frame.top, y2: frame.bottom });
     const dots = lines.map((_, i) => shape("circle", { class: `s${i % STYLES}`, r: 3.5 }));
     frame.svg.append(rule, ...dots);
@@ -222,27 +263,36 @@ function curvesView(figure, data) {
         dots[i].setAttribute("visibility", there ? "visible" : "hidden");
         if (there) { dots[i].setAttribute("cx", frame.x(line.x[k])); dots[i].setAttribute("cy", frame.y(line.y[k])); }
         const between = line.low && line.low[k] !== null ? ` [${format(line.low[k])}, ${format(line.high[k])}]` : "";
-        return `${line.label ? `${line.label}: ` : ""}${format(line.y[k])}${between}`;
+        const place = there && line.x[k] !== at ? ` (at ${format(line.x[k])})` : "";
+        return `${line.label ? `${line.label}: ` : ""}${format(line.y[k])}${between}${place}`;
       });
       rule.setAttribute("x1", frame.x(at)); rule.setAttribute("x2", frame.x(at));
-      told.textContent = `${xName} ${format(at)}; ${name} ${words.join("; ")}`;
+      const how = window > 1 ? `, means of ${window} points` : "";
+      told.textContent = `${xName} ${format(at)}; ${name}${how} ${words.join("; ")}`;
       slider.setAttribute("aria-valuetext", told.textContent);
     };
     slider.max = longest.x.length - 1;
     slider.value = slider.max;
-    frame.svg.addEventListener("pointermove", (event) => {
+    const follow = (event) => {
       const box = frame.svg.getBoundingClientRect(), pixel = (event.clientX - box.left) / box.width * frame.width;
       const wanted = xRange[0] + (pixel - frame.left) / (frame.right - frame.left) * (xRange[1] - xRange[0]);
       slider.value = nearest(longest.x, wanted);
       cursor();
-    });
+    };
+    frame.svg.addEventListener("pointermove", follow);
+    frame.svg.addEventListener("pointerdown", follow);
     cursor();
 
     function fillTable() {
-      const every = Math.max(1, Math.ceil(longest.x.length / 40));
-      const rows = longest.x.map((x, i) => [x, i]).filter(([x, i]) => x !== null && (i % every === 0 || i === longest.x.length - 1));
-      const header = [xName, ...lines.map((line) => line.label || name)];
-      more.lastChild.replaceChildren(tableOf(header, rows.map(([x]) => [format(x), ...lines.map((line) => format(line.y[nearest(line.x, x)]))]), `${name} against ${xName}`));
+      const steps = [...new Set(lines.flatMap((line) => line.step))].sort((a, b) => a - b);
+      const every = Math.ceil(steps.length / 40);
+      const shown = steps.filter((_, i) => i % every === 0 || i === steps.length - 1);
+      const columns = lines.flatMap((line) => (xName === "step" ? [[line.label || name, line.step, line.y]] : [
+        [line.label ? `${line.label}: ${xName}` : xName, line.step, line.x],
+        [line.label ? `${line.label}: ${name}` : name, line.step, line.y],
+      ]));
+      const rows = shown.map((step) => [format(step), ...columns.map(([, own, values]) => (own.includes(step) ? format(values[own.indexOf(step)]) : ""))]);
+      more.lastChild.replaceChildren(tableOf(["step", ...columns.map(([words]) => words)], rows, `${name} against ${xName}`));
     }
     more.ontoggle = () => { if (more.open) fillTable(); };
   }
@@ -257,11 +307,15 @@ function curvesView(figure, data) {
 
   const stages = Object.keys(data);
   stage.offer(stages.map((name) => [name, name]));
-  stage.select.value = stages.reduce((best, name) => (names(data[name]).length > names(data[best]).length ? name : best), stages[0]);
+  // To begin with: the stage that shows the most; all, if the first of the preferred metrics is of several.
+  const single = stages.filter((name) => name !== all);
+  const first = preferred.find((name) => single.some((own) => names(data[own]).includes(name)));
+  stage.select.value = single.filter((own) => names(data[own]).includes(first)).length > 1
+    ? all : single.reduce((best, name) => (names(data[name]).length > names(data[best]).length ? name : best), single[0]);
   slider.addEventListener("input", () => cursor());
   offerMetrics();
   draw();
-  window.addEventListener("resize", () => draw());
+  onResize(figure, () => { const kept = slider.value; draw(); slider.value = kept; cursor(); });
 }
 
 // data: {x, y, points: [{group, label, x, y, low, high}]}: names of the axes, and points with the interval of their y.
@@ -269,23 +323,42 @@ function pointsView(figure, data) {
   const place = element("div"), told = element("output", { "aria-live": "polite" }, "Point at a mark, or read the table below.");
   figure.prepend(place, told);
   const groups = [...new Set(data.points.map((p) => p.group))];
+  const starts = new Set(data.points.map((p) => p.label.slice(0, p.label.indexOf("/") + 1)));
+  const common = starts.size === 1 ? [...starts][0] : "";  // such as the split, which all names begin with
   function draw() {
-    const frame = frameOf(figure, range(data.points.map((p) => p.x)), range(data.points.flatMap((p) => [p.y, p.low, p.high])), data.x);
-    frame.svg.append(shape("text", { x: frame.left + 4, y: frame.top + 10 }, data.y));
+    const frame = frameOf(figure, range(data.points.map((p) => p.x)), range(data.points.flatMap((p) => [p.y, p.low, p.high])), data.x, data.y);
     frame.svg.setAttribute("aria-label", `${data.y} against ${data.x}: ${data.points.length} points; the table has their numbers`);
+    const seen = [], taken = [];
     for (const p of data.points) {
       const i = groups.indexOf(p.group), style = `s${i % STYLES}`, [x, y] = [frame.x(p.x), frame.y(p.y)];
       if (p.low !== null) frame.svg.append(shape("line", { class: `${style} arm`, x1: x, x2: x, y1: frame.y(p.low), y2: frame.y(p.high) }));
-      const mark = shape("circle", { class: `${style}${i >= STYLES ? " hollow" : ""}`, cx: x, cy: y, r: 5 });
-      const words = `${p.label}: ${data.y} ${format(p.y)}${p.low === null ? "" : ` [${format(p.low)}, ${format(p.high)}]`}, ${data.x} ${format(p.x)}`;
+      // One that lies on another is a ring around it.
+      const under = seen.filter(([left, top]) => Math.hypot(left - x, top - y) < 4).length;
+      seen.push([x, y]);
+      const mark = shape("circle", { class: `${style} mark${under || i >= STYLES ? " ring" : ""}`, cx: x, cy: y, r: 5 + 3 * under });
+      const words = `${p.group}: ${p.label}: ${data.y} ${format(p.y)}${p.low === null ? "" : ` [${format(p.low)}, ${format(p.high)}]`}, ${data.x} ${format(p.x)}`;
       mark.append(shape("title", {}, words));
       mark.addEventListener("pointerenter", () => { told.textContent = words; });
       frame.svg.append(mark);
+      taken.push([x - 7, y - 7, x + 7, y + 7]);
+    }
+    data.points.forEach((p, i) => { if (!data.points.slice(0, i).some((q) => q.label === p.label && q.x === p.x && q.y === p.y)) name(p.label.replace(common, ""), ...seen[i]); });
+
+    // The name beside the mark, wherever it covers no mark and no other name; none where there is no room.
+    function name(words, x, y) {
+      const width = 6.3 * words.length;
+      const places = [[x + 9, y + 4], [x - 9 - width, y + 4], [x - width / 2, y - 12], [x - width / 2, y + 21]];
+      const found = places.map(([left, base]) => [left, base - 11, left + width, base + 3])
+        .find((box) => box[0] > frame.left && box[2] < frame.right + 14 && box[1] > frame.top && box[3] < frame.bottom
+          && !taken.some((other) => box[0] < other[2] && other[0] < box[2] && box[1] < other[3] && other[1] < box[3]));
+      if (!found) return;
+      taken.push(found);
+      frame.svg.append(shape("text", { class: "point", x: found[0], y: found[3] - 3 }, words));
     }
     place.replaceChildren(frame.svg, legend(groups));
   }
   draw();
-  window.addEventListener("resize", draw);
+  onResize(figure, draw);
 }
 
 // data: {prompts: [text], sources: [{label, texts: {number of the prompt: text}}]}.
@@ -375,5 +448,5 @@ if (typeof document !== "undefined") {
   }
   for (const table of document.querySelectorAll("table.sortable")) if (table.tBodies[0].rows.length > 1) sortable(table);
 } else {
-  module.exports = { ticks, range, smoothed, wordDifference, compareCells, nearest, format };
+  module.exports = { ticks, tickLabels, stretches, range, smoothed, wordDifference, compareCells, nearest, format };
 }

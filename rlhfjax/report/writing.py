@@ -41,7 +41,7 @@ def report_html(folder: Path, title: str, sections: Sequence[Section]) -> str:
     parts = [html.Part(section.title, html.section_html(folder, section)) for section in sections]
     curves = logs.curves(logs.with_perf(read["metrics"].rows, read["perf"].rows))
     if curves:
-        parts.append(html.Part("Curves", html.data_html("curves", curves, CURVES)))
+        parts.append(html.Part("Curves", html.data_html("curves", logs.curve_data(curves), CURVES)))
     samples = logs.samples(read["samples"].rows)
     if samples:
         parts.append(html.Part("Samples", html.data_html("samples", logs.sample_data(samples), SAMPLES)))
