@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("rlhfjax", "experiments", "tests", "docs", "pyproject.toml", "README.md")
+COPIED = ("rlhfjax", "experiments", "tests", "docs", "notebooks", "pyproject.toml", "README.md")
 
 
 @dataclass(frozen=True)
