@@ -6,13 +6,17 @@ when asked for.
 
 A run that is resumed computes the steps past its checkpoint again. What was sent of them is not sent twice: each
 tracker notes what it has sent in `tracked/NAME.jsonl` of the run folder, and goes on in the same run of its service.
+A service that keeps steps in memory for a while loses them where the process is killed: those are sent again.
 """
 
 import difflib
 import importlib.util
 import json
+import math
+import os
 import secrets
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,18 +51,32 @@ def combine(trackers: list[Tracker]) -> Tracker:
 
 
 def tensorboard(directory: Path, config: Mapping[str, Any], name: str) -> Tracker:
-    """TensorBoard event files in `directory`/tensorboard, one tag "STAGE/METRIC" per metric."""
-    del config, name
-    import tensorboardX
+    """TensorBoard event files in `directory`/tensorboard, one tag "STAGE/METRIC" per metric.
 
-    writer = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
+    A step is on the disk when `log` returns: a SummaryWriter leaves it to a thread, and a kill would lose what has been
+    noted as sent.
+    """
+    del config, name
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    from tensorboardX.summary import scalar
+
+    folder = directory / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Files are named by the second; one resumed within that must not be written over.
+    writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
 
     def log(stage: str, step: int, metrics: Metrics) -> None:
+        event = Event(wall_time=time.time(), step=step)
         for metric, value in metrics.items():
-            writer.add_scalar(f"{stage}/{metric}", value, step)
+            event.summary.value.extend(scalar(f"{stage}/{metric}", value).value)
+        writer.write_event(event)
         writer.flush()
 
-    return Tracker(log=log, close=writer.close)
+    def close() -> None:
+        writer.close()
+
+    return Tracker(log=log, close=close)
 
 
 def wandb(directory: Path, config: Mapping[str, Any], name: str) -> Tracker:
@@ -99,20 +117,50 @@ def trackio(directory: Path, config: Mapping[str, Any], name: str) -> Tracker:
     return Tracker(log=log, close=run.finish)
 
 
-def sending_once(tracker: Tracker, file: Path) -> Tracker:
+def sending_once(tracker: Tracker, file: Path, *, lag: float = 0.0) -> Tracker:
     """The tracker, which sends a step of a stage only if `file` has no line of it, and then adds one.
 
-    A process killed between the two sends that one step again.
+    A process killed between the two sends that one step again. Where one was killed, the steps of its last `lag`
+    seconds, which the service may not have kept, are sent again at once, from the logs of the run.
     """
-    sent = {(line["stage"], line["step"]) for line in _lines(file) if "stage" in line}
+    notes = _lines(file)
+    doubtful = _doubtful(notes, lag)
+    sent = {(line["stage"], line["step"]) for line in notes if "stage" in line} - doubtful
 
     def log(stage: str, step: int, metrics: Metrics) -> None:
         if (stage, step) not in sent:
             tracker.log(stage, step, metrics)
             sent.add((stage, step))
-            _append(file, {"stage": stage, "step": step})
+            _append(file, {"stage": stage, "step": step, "time": round(time.time(), 1)})
 
-    return Tracker(log=log, close=tracker.close)
+    def close() -> None:
+        tracker.close()
+        _append(file, {"closed": True})
+
+    if doubtful:
+        for (stage, step), metrics in _logged(file.parent.parent).items():
+            if (stage, step) in doubtful:
+                log(stage, step, metrics)
+    return Tracker(log=log, close=close)
+
+
+def _doubtful(notes: Sequence[Mapping[str, Any]], lag: float) -> set[tuple[str, int]]:
+    """The steps noted within `lag` seconds of the last note, where nothing was closed after them."""
+    closed = max((i for i, note in enumerate(notes) if "closed" in note), default=-1)
+    noted = [note for note in notes[closed + 1 :] if "time" in note]
+    return {(note["stage"], note["step"]) for note in noted if note["time"] > noted[-1]["time"] - lag}
+
+
+def _logged(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """What the run in the folder has logged so far, as it is sent: (stage, step) -> metrics and measurements."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for log, prefix in (("metrics", ""), ("perf", "perf/")):
+        for line in _lines(directory / f"{log}.jsonl"):
+            values = {prefix + name: x for name, x in line.items() if name not in ("stage", "step")}
+            known = {name: math.nan if x is None else x for name, x in values.items()}
+            if not prefix or (line["stage"], line["step"]) in found:
+                found.setdefault((line["stage"], line["step"]), {}).update(known)
+    return found
 
 
 def _identity(file: Path) -> str:
@@ -146,17 +194,26 @@ def _append(file: Path, record: Mapping[str, Any]) -> None:
 
 
 class Choice(NamedTuple):
-    """A tracker that `--log` can name: the package it needs, the extra that has it, and the function that opens it."""
+    """A tracker that `--log` can name: the package it needs, the extra that has it, and the function that opens it.
+
+    `lag()`: seconds within which the service keeps what it was given in memory only, and loses it with the process.
+    """
 
     package: str
     extra: str
     open: Callable[[Path, Mapping[str, Any], str], Tracker]
+    lag: Callable[[], float] = lambda: 0.0
+
+
+def _wandb_lag() -> float:
+    # Offline its service writes blocks of 32 kB, and nothing of the last one before the end.
+    return math.inf if os.environ.get("WANDB_MODE") == "offline" else 60.0
 
 
 TRACKERS = {
     "tensorboard": Choice("tensorboardX", "log", tensorboard),
-    "wandb": Choice("wandb", "wandb", wandb),
-    "trackio": Choice("trackio", "trackio", trackio),
+    "wandb": Choice("wandb", "wandb", wandb, _wandb_lag),
+    "trackio": Choice("trackio", "trackio", trackio, lambda: 5.0),  # a thread writes twice a second
 }
 
 
@@ -174,7 +231,7 @@ def parse_names(text: str) -> tuple[str, ...]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"--log: no tracker named {name!r}{hint} (there are: {', '.join(known)})")
         if name in TRACKERS and importlib.util.find_spec(TRACKERS[name].package) is None:
-            package, extra, _ = TRACKERS[name]
+            package, extra = TRACKERS[name][:2]
             raise ImportError(
                 f'--log {name} needs the package {package}, which is not installed: pip install "rlhfjax[{extra}]"'
             )
@@ -183,11 +240,9 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 def open_trackers(text: str, directory: Path, config: Mapping[str, Any], name: str) -> Tracker:
     """Opens the trackers that `text` ("jsonl,tensorboard") names, for the run `name` in `directory`."""
-    return combine(
-        [
-            sending_once(
-                TRACKERS[tracker].open(directory, config, name), directory / SENT / f"{tracker}.jsonl"
-            )
-            for tracker in parse_names(text)
-        ]
-    )
+    opened = []
+    for tracker in parse_names(text):
+        choice = TRACKERS[tracker]
+        notes = directory / SENT / f"{tracker}.jsonl"
+        opened.append(sending_once(choice.open(directory, config, name), notes, lag=choice.lag()))
+    return combine(opened)

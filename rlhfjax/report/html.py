@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from rlhfjax.report.sections import Section, Table, cell_text, check_rows, figure_file, visible
 
 HERE = Path(__file__).parent
+WIDE = 1100  # pixels: a picture of more is not shrunk to the width of a phone
 HOW = 'an HTML report needs markdown-it-py: pip install "rlhfjax[experiments]"'
 
 
@@ -173,11 +174,14 @@ def _is_long(text: str, most: int) -> bool:
 
 def _figure_html(file: Path, caption: str) -> str:
     kind = mimetypes.guess_type(file.name)[0] or "image/png"
-    data = base64.b64encode(file.read_bytes()).decode()
+    content = file.read_bytes()
+    data = base64.b64encode(content).decode()
+    wide = " wide" if int.from_bytes(content[16:20]) > WIDE else ""  # where a PNG has its width
     words = escape(caption)
     alternative = words.replace("<br>", " ")
     return (
-        f'<figure class="picture"><div class="scroll" role="region" aria-label="Figure: {alternative}" tabindex="0">'
+        f'<figure class="picture{wide}">'
+        f'<div class="scroll" role="region" aria-label="Figure: {alternative}" tabindex="0">'
         f'<img src="data:{kind};base64,{data}" alt="{alternative}"></div>'
         f"<figcaption>{words}</figcaption></figure>"
     )
