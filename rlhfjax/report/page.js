@@ -152,7 +152,7 @@ function choice(label, changed) {
 function frameOf(box, xRange, yRange, xName, yName, xLeast = 0) {
   const width = Math.max(280, Math.min(1000, box.clientWidth || 700)), height = Math.round(Math.min(380, Math.max(240, width * 0.45)));
   const yTicks = ticks(yRange[0], yRange[1], 5), yLabels = tickLabels(yTicks);
-  const xTicks = ticks(xRange[0], xRange[1], width / 110, xLeast), xLabels = tickLabels(xTicks);
+  const xTicks = ticks(xRange[0], xRange[1], width / (width < 500 ? 70 : 110), xLeast), xLabels = tickLabels(xTicks);
   const [left, right, top, bottom] = [16 + 7 * Math.max(...yLabels.map((label) => label.length)), width - 16, 28, height - 38];
   const x = (v) => left + (v - xRange[0]) / (xRange[1] - xRange[0]) * (right - left);
   const y = (v) => bottom - (v - yRange[0]) / (yRange[1] - yRange[0]) * (bottom - top);
@@ -268,7 +268,7 @@ function curvesView(figure, { units, stages: data }) {
       });
       rule.setAttribute("x1", frame.x(at)); rule.setAttribute("x2", frame.x(at));
       const how = window > 1 ? `, means of ${window} points` : "";
-      told.textContent = `${xName} ${format(at)}; ${name}${how} ${words.join("; ")}`;
+      told.textContent = `${xName} ${format(at)}; ${name}${how}${lines.length > 1 ? ":" : ""} ${words.join("; ")}`;
       slider.setAttribute("aria-valuetext", told.textContent);
     };
     slider.max = longest.x.length - 1;
