@@ -36,7 +36,7 @@ print("JAX", jax.__version__, "on", jax.devices())
 # ## A model that writes
 #
 # Descriptions, the summaries that people wrote of them, and a base model of a million parameters come with the repository. The
-# model has never been taught to summarise.
+# model was taught to write descriptions and to copy from them, never to sum them up.
 
 # %%
 from pathlib import Path
@@ -104,9 +104,8 @@ group = np.repeat(rows, SAMPLES)  # the prompt of each text
 descriptions = [pairs[i].prompt for i in group]
 print("texts:", len(texts))
 for i in range(3):
-    print(
-        f"description: {pairs[i].prompt[:90]}...\n  summary: {pairs[i].completion}\n  model:   {texts[i * SAMPLES]}"
-    )
+    print(f"description: {pairs[i].prompt[:90]}...")
+    print(f"  summary: {pairs[i].completion}\n  model:   {texts[i * SAMPLES]}")
 
 # %% [markdown]
 # ## A reward is a Python function
@@ -122,11 +121,8 @@ def words_of_the_description(prompts, completions, **columns):
     ]
 
 
-print(
-    words_of_the_description(
-        ["a tool to sort mail"] * 3, ["mail tool", "music player", "sort mail mail mail"]
-    )
-)
+tried = ["mail tool", "music player", "sort mail mail mail"]
+print(words_of_the_description(["a tool to sort mail"] * 3, tried))
 
 # %% [markdown]
 # ## Check it before training
@@ -232,7 +228,8 @@ print(f"host and device differ by at most {apart:.0e} over {len(texts)} texts")
 #
 # GRPO with a leave-one-out baseline. `RewardPool` calls the functions in threads, and names function and sample where one
 # raises, hangs or gives no number. `Iteration` joins the two compiled halves, `rollout` and `learn`, with the scoring between
-# them. The KL coefficient is part of the state, which `init` takes from the settings, so that all runs share two programs.
+# them. (While a slow reward is waited for, the device can draw the next completions: `following=`.) The KL coefficient is part
+# of the state, which `init` takes from the settings, so that all runs share two programs.
 #
 # The guard watches the KL. Here it only notes when it would have ended the run.
 
