@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reliable_inputs import limit
 from tiny_gguf import TYPES, gguf_bytes, random_blocks, undo, write_gguf
 from tiny_tokenizers import BYTE_LEVEL, KINDS
 
@@ -228,6 +230,20 @@ def test_files_that_are_no_gguf_or_not_whole_are_named(tmp_path, models):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"bad.gguf.*{message}"):
             read_gguf(file)
+
+
+def test_an_array_that_is_said_to_be_endless_ends_with_the_file(tmp_path):
+    text = gguf_bytes({"some.flags": [True, False]}, {})
+    count = struct.pack("<Q", 2)
+    assert text.count(count) == 1
+    nested = struct.pack("<IQ", 9, 1) * 5000
+    for content, message in (
+        (text.replace(count, struct.pack("<Q", 2**62)), "go beyond its end"),
+        (text.replace(struct.pack("<IQ", 7, 2), nested), "recursion"),
+    ):
+        (tmp_path / "bad.gguf").write_bytes(content)
+        with limit(5), pytest.raises(ValueError, match=f"bad.gguf is cut short.*{message}"):
+            read_gguf(tmp_path / "bad.gguf")
 
 
 def test_models_that_cannot_be_read_are_named(tmp_path, models):

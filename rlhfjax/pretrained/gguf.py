@@ -92,9 +92,9 @@ def read_gguf(path: str | Path) -> GGUF:
     if magic[4:6] == b"\0\0":
         raise ValueError(f"{path} is a big-endian GGUF file, which cannot be read; take a little-endian one")
     try:
-        reader = library.GGUFReader(path)
+        reader = _bounded_reader(library)(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (LookupError, ValueError, OverflowError, TypeError) as error:
+    except (LookupError, ValueError, OverflowError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is cut short, damaged or of a newer format ({error}); fetch it again"
         ) from error
@@ -152,6 +152,19 @@ def _gguf_library() -> Any:
     if find_spec("gguf") is None:
         raise ModuleNotFoundError('GGUF files need the gguf package: pip install "rlhfjax[chat]"')
     return import_module("gguf")
+
+
+def _bounded_reader(library: Any) -> Any:
+    """The library's reader, which past the end of a file reads nothing: an array said to be endless took for ever."""
+
+    class Reader(library.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) < int(count):
+                raise ValueError(f"{int(count)} values at byte {offset} go beyond its end")
+            return found
+
+    return Reader
 
 
 def _architecture(gguf: GGUF) -> str:
