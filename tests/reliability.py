@@ -7,6 +7,7 @@
 import argparse
 import contextlib
 import io
+import logging
 import sys
 import tempfile
 import time
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=500, help="of the soak, at least 200")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose name holds one of these")
     options = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a page for each disk that is full
     found = rows(options.cases, options.kills, options.updates, options.only)
     print("| tried | cases | what came of it |\n|---|---|---|")
     for what, count, outcome in found:
