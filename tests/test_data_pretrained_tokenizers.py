@@ -162,6 +162,12 @@ def test_roles_and_stops_come_from_the_files(tmp_path):
     assert load_tokenizer(folder, eos="</s>").eos_id == ids["</s>"]
 
 
+def test_a_special_token_that_is_no_text_is_named(tmp_path):
+    folder = write_folder(tmp_path, BYTE_LEVEL, tokenizer_config={"bos_token": "\ud800", "eos_token": "</s>"})
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: bos_token='\\ud800' is no text"):
+        load_tokenizer(folder)
+
+
 def test_eos_may_be_told_by_its_id_alone(tmp_path):
     folder = write_folder(tmp_path, BYTE_LEVEL, config={"eos_token_id": 2})
     assert load_tokenizer(folder).special_tokens == {"eos": "</s>"}

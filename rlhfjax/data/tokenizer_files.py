@@ -17,7 +17,8 @@ ROLES = ("bos", "eos", "pad", "unk")
 def read_special_tokens(directory: str | Path) -> dict[str, str]:
     """Role ("bos", "eos", "pad", "unk") -> text of the token, where the folder's files name one.
 
-    `tokenizer_config.json` goes before `special_tokens_map.json`. ValueError for a file that is no JSON.
+    `tokenizer_config.json` goes before `special_tokens_map.json`. ValueError for a file that is no JSON, and for a text
+    with half of a surrogate pair, which JSON can write and UTF-8 cannot.
     """
     texts: dict[str, str] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -26,6 +27,8 @@ def read_special_tokens(directory: str | Path) -> dict[str, str]:
             token = raw.get(f"{role}_token")
             text = token.get("content") if isinstance(token, dict) else token
             if isinstance(text, str) and text:
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    raise ValueError(f"{Path(directory) / name}: {role}_token={text!r} is no text")
                 texts.setdefault(role, text)
     return texts
 
