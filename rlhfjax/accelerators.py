@@ -236,7 +236,10 @@ def _read(path: Path) -> Accelerator:
 def _value(path: Path, name: str, value: Any, kind: Any) -> Any:
     """What a file says, in the field's type. YAML takes 989e12 for a word."""
     if name in ("names", "kinds"):
-        return (value,) if isinstance(value, str) else tuple(value)
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a word or a list of words")
+        return tuple(words)
     if kind is str:
         return str(value)
     try:
@@ -248,8 +251,8 @@ def _value(path: Path, name: str, value: Any, kind: Any) -> Any:
     return kind(number)
 
 
-def _meant(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
+def _meant(name: Any, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

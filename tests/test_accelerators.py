@@ -71,6 +71,8 @@ def test_a_file_describes_an_accelerator(tmp_path):
     ("text", "message"),
     [
         ("like: h100\nmemry: 1e9\n", "no 'memry'; did you mean 'memory'"),
+        ("like: h100\n1: 1e9\n", "has no 1; it has"),
+        ("like: h100\nkinds: 5\n", "kinds is 5; it must be a word or a list of words"),
         ("flops: 1e12\n", "does not say memory, bandwidth, link, island, network"),
         ("like: h100\nmemory: much\n", "memory is 'much'; it must be a number above 0"),
         ("like: h100\nmemory: -1\n", "memory is -1; it must be a number above 0"),

@@ -262,3 +262,13 @@ def test_text_of_the_page_has_the_contrast_of_aa_in_both_schemes():
         for text, ground in pairs:
             dark, light = sorted((luminance(colours[text]), luminance(colours[ground])))
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
+
+
+@pytest.mark.parametrize("seconds", ["\ud800", [1], 10**400])
+def test_seconds_that_are_no_number_are_named(tmp_path, seconds):
+    path = tmp_path / "labels.jsonl"
+    path.write_text(
+        json.dumps({"prompt": "p", "completions": ["a", "b"], "choice": 0, "seconds": seconds}) + "\n"
+    )
+    with pytest.raises(ValueError, match="labels.jsonl.*seconds must be a number"):
+        read_labels(path)

@@ -107,6 +107,9 @@ def parse_label(row: Mapping[str, Any], where: str) -> Label:
     shown = row.get("shown", list(range(len(completions))))
     if not isinstance(shown, list) or sorted(shown, key=str) != list(range(len(completions))):
         raise ValueError(f"{where}: shown must hold the numbers of the completions, it is {shown!r}")
+    seconds = row.get("seconds") or 0.0
+    if not isinstance(seconds, int | float) or abs(seconds) > 1e300:
+        raise ValueError(f"{where}: seconds must be a number, it is {seconds!r}")
     return Label(
         label=str(row.get("label", where)),
         # Without a name of its own an answer is a task of its own: pairs without annotators may repeat.
@@ -119,7 +122,7 @@ def parse_label(row: Mapping[str, Any], where: str) -> Label:
         choice=choice,
         repeat=row.get("repeat") is True,
         gold=gold,
-        seconds=float(row.get("seconds") or 0.0),
+        seconds=float(seconds),
         time=str(row.get("time", "")),
     )
 
