@@ -247,7 +247,10 @@ def _with_renamed_specials(source: str, texts: Mapping[str, int]) -> Any:
         model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
     else:  # Unigram
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    inner = tokenizers_library().Tokenizer.from_str(json.dumps(raw, ensure_ascii=False))
+    try:
+        inner = tokenizers_library().Tokenizer.from_str(json.dumps(raw, ensure_ascii=False))
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"its special tokens cannot be told from text: {error}") from error
     for text, token_id in texts.items():
         found = inner.token_to_id(names[text])
         if found != token_id:
