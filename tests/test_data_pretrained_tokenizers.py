@@ -168,6 +168,13 @@ def test_a_special_token_that_is_no_text_is_named(tmp_path):
         load_tokenizer(folder)
 
 
+def test_a_special_token_that_others_are_merged_from_is_named(tmp_path):
+    merge = json.loads(BYTE_LEVEL.to_str())["model"]["merges"][0]
+    folder = write_folder(tmp_path, BYTE_LEVEL, tokenizer_config={"eos_token": "".join(merge)})
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.*special tokens cannot be told from text"):
+        load_tokenizer(folder)
+
+
 def test_eos_may_be_told_by_its_id_alone(tmp_path):
     folder = write_folder(tmp_path, BYTE_LEVEL, config={"eos_token_id": 2})
     assert load_tokenizer(folder).special_tokens == {"eos": "</s>"}
