@@ -1,18 +1,16 @@
 """The annotation page in a real browser: by keyboard alone, with texts that mean harm, and with the server gone.
 
-They are skipped without selenium (the extra `browser`) or without Chromium and its driver, which Debian has as
-`chromium` and `chromium-driver`.
+Without a browser they are skipped: `browsers`.
 """
 
-import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browsers import MARKS, chromium, until
 
 from experiments.annotation.items import Item
 from experiments.annotation.server import make_server
@@ -20,25 +18,7 @@ from experiments.annotation.session import Session
 from experiments.annotation.store import open_store
 from rlhfjax.data import read_labels
 
-webdriver = pytest.importorskip("selenium.webdriver", reason='needs selenium: pip install -e ".[browser]"')
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="needs Chromium: apt-get install chromium chromium-driver"
-    ),
-]
-FLAGS = [
-    "headless",
-    "no-sandbox",
-    "disable-gpu",
-    "disable-quic",
-    "no-first-run",
-    "disable-background-networking",
-    "disable-component-update",
-    "disable-sync",
-    "window-size=1100,800",
-]
+pytestmark = MARKS
 HOSTILE = [
     "<script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\">",
     "\u202ereversed\u202c, nothing\u0000, \u001b[31mred, &lt;b&gt; javascript:alert(1)",
@@ -55,15 +35,8 @@ ITEMS = [
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=DRIVER)
-    driver = webdriver.Chrome(options=options, service=service)
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile"), "browser") as driver:
+        yield driver
 
 
 @contextmanager
@@ -78,13 +51,6 @@ def serving(path: Path, **settings: Any) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-def until(browser: Any, reached: Callable[[], Any]) -> None:
-    end = time.monotonic() + 15
-    while not reached():
-        assert time.monotonic() < end, browser.find_element("tag name", "body").text[:2000]
-        time.sleep(0.02)
 
 
 def press(browser: Any, keys: str) -> None:

@@ -1,6 +1,6 @@
 """report.html and the comparison of runs in a real browser: what is drawn and read off, by pointer and by keyboard.
 
-They are skipped without selenium (the extra `browser`) or without Chromium and its driver, as those of annotation are.
+Without a browser they are skipped: `browsers`.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_annotation_browser import CHROMIUM, DRIVER, FLAGS, pytestmark, until  # noqa: F401  (the reasons to skip)
+from browsers import MARKS, chromium, until, webdriver
 
 from experiments.options import write_yaml
 from experiments.viewing.comparison import comparison_html
@@ -19,7 +19,7 @@ from experiments.viewing.runs import read_runs
 from rlhfjax.report import Interval, Section, Table, write_report
 from rlhfjax.run_folder import create
 
-webdriver = pytest.importorskip("selenium.webdriver", reason='needs selenium: pip install -e ".[browser]"')
+pytestmark = MARKS
 HOSTILE = [
     "</script><script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\"> & &lt;b&gt;",
     "\u202ereversed\u202c \u2066isolated, \x1b[31mred <!-- אחת",
@@ -33,14 +33,8 @@ PIXEL = bytes.fromhex(  # a picture of one pixel
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile"), "browser", "performance") as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,8 @@ def _figure_html(file: Path, caption: str) -> str:
     kind = mimetypes.guess_type(file.name)[0] or "image/png"
     content = file.read_bytes()
     data = base64.b64encode(content).decode()
-    wide = " wide" if int.from_bytes(content[16:20]) > WIDE else ""  # where a PNG has its width
+    width = int.from_bytes(content[16:20]) if content.startswith(b"\x89PNG") else 0
+    wide = " wide" if width > WIDE else ""
     words = escape(caption)
     alternative = words.replace("<br>", " ")
     return (
