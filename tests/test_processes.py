@@ -222,7 +222,8 @@ def test_two_processes_are_one_run(experiment: Path, tmp_path: Path):
     parts = (path / "checkpoints" / "ppo" / "6" / "state").glob("ocdbt.process_*")
     assert sorted(part.name for part in parts) == ["ocdbt.process_0", "ocdbt.process_1"]
     assert {file.name for file in path.iterdir()} == {
-        "config.yaml", "environment.json", "checkpoints", "arrays", "own_file", *run_folder.LOGS, "summary.json", ".lock"
+        "config.yaml", "environment.json", "checkpoints", "arrays", "own_file", *run_folder.LOGS, "summary.json",
+        ".lock",
     }  # fmt: skip
     # And one process alone, on one device, goes on with what two have left.
     expected = bits(path)
